@@ -1,0 +1,71 @@
+"""The exception tree.
+
+    ValueError
+    └── ExpungeError        every error that a user can mend: one line, says what was asked, what was found, what to do
+        ├── SplitError      forget, retain, test or validation missing, empty, overlapping, or with labels out of range
+        ├── ScopeError      no weight in scope, a name that does not exist, a frozen weight that was written to
+        ├── SettingError    a method, check, rule or setting that does not exist or has a value out of range
+        ├── DataError       a data file, folder or column that cannot be read as what it should be
+        ├── ModelError      a model or weight file that cannot be loaded, or cannot be given fresh weights
+        ├── PatchError      a patch that is damaged, signed by another key, or made for another model
+        ├── RecipeError     a recipe file with an unknown key or a value of the wrong type
+        ├── GateError       a gate rule that cannot be read
+        └── Diverged        weights or loss left their bounds; everything was rolled back
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ExpungeError(ValueError):
+    """Something a user can mend. The message is one line."""
+
+
+class SplitError(ExpungeError):
+    """A part of the split is missing, empty, overlaps another, or holds labels the model does not have."""
+
+
+class ScopeError(ExpungeError):
+    """No weight may move, a weight does not exist, or one outside the scope was written to."""
+
+
+class SettingError(ExpungeError):
+    """A method, check, world or setting does not exist, or a value is outside its range."""
+
+
+class DataError(ExpungeError):
+    """A data file, folder or column cannot be read as what it should be."""
+
+
+class ModelError(ExpungeError):
+    """A model or weight file cannot be loaded, or a model cannot be given fresh weights."""
+
+
+class PatchError(ExpungeError):
+    """A patch is damaged, signed by another key, or made for another model."""
+
+
+class RecipeError(ExpungeError):
+    """A recipe holds an unknown key or a value of the wrong type."""
+
+
+class GateError(ExpungeError):
+    """A gate rule cannot be read."""
+
+
+class Diverged(ExpungeError):
+    """Weights or loss left their bounds; the model was rolled back."""
+
+
+def suggest(kind: str, asked: str, known: Iterable[str]) -> str:
+    """One line: what was asked, the nearest known name if one is near, and all known names.
+
+    >>> suggest("salun has no setting", "kep", ["keep", "lr"])
+    "salun has no setting 'kep'; did you mean 'keep'? There are: keep, lr"
+    """
+    names = list(known)
+    near = difflib.get_close_matches(asked, names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    return f"{kind} '{asked}'{hint} There are: {', '.join(names) or 'none'}"

@@ -1,0 +1,300 @@
+"""The patch: what an unlearning run leaves. New values, never differences; `apply` returns the exact inverse.
+
+File format (one safetensors file): tensors `{k}.values` with `{k}.bits` (one bit per place) or `{k}.index` (flat int64 places) where the
+edit is partial, `{k}.up` and `{k}.down` for low rank; the header's `expunge` entry is JSON with the edits, the meta data and a
+SHA-256 over all of it; with a key, an HMAC-SHA256 over that digest. Nothing in the file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import PatchError
+
+MAX_BYTES = 1 << 36
+"""Largest patch file that is read: 64 GiB."""
+
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's raw bits as integers of the same width: a view, exact for -0.0, inf and nan."""
+    return t.detach().view(_INTS[t.element_size()])
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """New values of one parameter or buffer: all of it (`mask` None, values of its shape) or at the True places of `mask` (K,)."""
+
+    name: str
+    values: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """W += scale * up @ down for one matrix (O, I): up (O, r), down (r, I)."""
+
+    name: str
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Edits and what is known about them. `meta` is JSON: base digest, method, settings, seed, version."""
+
+    edits: tuple[Replace | LowRank, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def apply(self, model: nn.Module, *, force: bool = False) -> Patch:
+        """Edit the model in place and return the inverse patch: applying that restores every bit.
+
+        Raises PatchError, with the model unchanged, if a name or shape does not fit, or if the touched places do not hold the values
+        the patch was made for (applied already, or another model); `force` skips only the last.
+        """
+        tensors = _named(model)
+        self._fit(tensors)
+        found, wanted = _digest(self.edits, tensors), self.meta.get("base")
+        if wanted and found != wanted and not force:
+            raise PatchError(f"patch was made for base {wanted[:8]}, this model is {found[:8]}: applied already, or another model?")
+        undo = []
+        with torch.no_grad():
+            for edit in self.edits:
+                t = tensors[edit.name]
+                if isinstance(edit, LowRank):
+                    undo.append(Replace(edit.name, t.detach().clone()))
+                    t.add_((edit.scale * (edit.up.to(t) @ edit.down.to(t))).view_as(t))
+                elif edit.mask is None:
+                    undo.append(Replace(edit.name, t.detach().clone()))
+                    t.copy_(edit.values)
+                else:
+                    mask = edit.mask.to(t.device)
+                    undo.append(Replace(edit.name, t.detach()[mask], edit.mask))
+                    t[mask] = edit.values.to(t.device)
+        inverse = tuple(reversed(undo))
+        return Patch(inverse, {"base": _digest(inverse, tensors), "inverse_of": self.meta.get("method", "")})
+
+    def _fit(self, tensors: Mapping[str, Tensor]) -> None:
+        for edit in self.edits:
+            if edit.name not in tensors:
+                raise PatchError(f"patch edits {edit.name}, which this model does not have: another architecture?")
+            t = tensors[edit.name]
+            if isinstance(edit, LowRank):
+                good = t.ndim >= 2 and edit.up.shape[0] * edit.down.shape[1] == t.numel() and edit.up.shape[1] == edit.down.shape[0]
+                got = f"{tuple(edit.up.shape)} @ {tuple(edit.down.shape)}"
+            else:
+                shape = edit.values.shape if edit.mask is None else edit.mask.shape
+                good, got = shape == t.shape and edit.values.dtype == t.dtype, f"{tuple(shape)} {edit.values.dtype}"
+            if not good:
+                raise PatchError(f"patch holds {edit.name} as {got}, this model has {tuple(t.shape)} {t.dtype}: another model?")
+
+    def __or__(self, other: Patch) -> Patch:
+        """Both patches as one, if no place is shared; the result has no audit until it is audited again."""
+        mine = {e.name: e for e in self.edits}
+        clash = [e.name for e in other.edits if e.name in mine and _overlap(mine[e.name], e)]
+        if clash:
+            raise PatchError(f"both patches edit the same places of {', '.join(clash)}; apply them one after another instead")
+        return Patch(self.edits + other.edits, {"parts": [dict(self.meta), dict(other.meta)]})
+
+    def stamped(self, model: nn.Module, **facts: Any) -> Patch:
+        """The same edits with meta data added; `base` is the digest of what `model` holds at the touched places now."""
+        return replace(self, meta={**self.meta, **facts, "base": _digest(self.edits, _named(model))})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the edits alone: two patches with the same digest write the same bits to the same places."""
+        h = hashlib.sha256()
+        for edit in sorted(self.edits, key=lambda e: e.name):
+            for part in (edit.up, edit.down) if isinstance(edit, LowRank) else (edit.values, edit.mask):
+                if part is not None:
+                    h.update(f"{edit.name}{part.dtype}{tuple(part.shape)}".encode())
+                    h.update(_bytes(part))
+        return h.hexdigest()
+
+    @property
+    def places(self) -> int:
+        """How many single weights and buffer entries are written."""
+        return sum(e.up.shape[0] * e.down.shape[1] if isinstance(e, LowRank) else e.values.numel() for e in self.edits)
+
+    def save(self, path: str | Path, key: bytes | None = None) -> Path:
+        """Write one file, whole or not at all (temporary file, fsync, rename). Raises PatchError if it cannot be written."""
+        from safetensors.torch import save
+
+        tensors: dict[str, Tensor] = {}
+        listed = [_pack(edit, str(k), tensors) for k, edit in enumerate(self.edits)]
+        body = json.dumps({"format": 1, "edits": listed, "meta": dict(self.meta)}, sort_keys=True)
+        digest = _file_digest(body, tensors)
+        header = {"expunge": body, "sha256": digest}
+        if key is not None:
+            header["hmac"] = hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()
+        return write(path, save(tensors, header))
+
+    @staticmethod
+    def load(path: str | Path, key: bytes | None = None) -> Patch:
+        """Read and verify a file written by `save`. Raises PatchError for anything damaged, foreign or signed by another key."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise PatchError(f"{path.name} is larger than {MAX_BYTES} bytes")
+            with safe_open(path, "pt") as f:
+                header = f.metadata() or {}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except OSError as error:
+            raise PatchError(f"cannot read {path.name}: {error.strerror or error}") from None
+        except SafetensorError as error:
+            raise PatchError(f"{path.name} is no patch, or is truncated ({error})") from None
+        if "expunge" not in header or "sha256" not in header:
+            raise PatchError(f"{path.name} is a safetensors file but no expunge patch")
+        body = header["expunge"]
+        digest = _file_digest(body, tensors)
+        if not hmac.compare_digest(digest, header["sha256"]):
+            raise PatchError(f"{path.name} was changed after it was written: its content does not match its checksum")
+        if key is not None and not hmac.compare_digest(header.get("hmac", ""), hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()):
+            raise PatchError(f"{path.name} is not signed by this key")
+        try:
+            doc = json.loads(body)
+            if doc["format"] != 1:
+                raise PatchError(f"{path.name} has format {doc['format']}, this version reads 1")
+            return Patch(tuple(_unpack(e, str(k), tensors) for k, e in enumerate(doc["edits"])), doc["meta"])
+        except (KeyError, TypeError, IndexError, RuntimeError, json.JSONDecodeError) as error:
+            raise PatchError(f"{path.name} is not well-formed ({type(error).__name__}: {error})") from None
+
+
+def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Patch:
+    """The patch that turns `before` into `after`: exactly the places whose bits differ."""
+    edits = []
+    for name, new in after.items():
+        if name not in before:
+            continue
+        moved = bits(before[name].contiguous()) != bits(new.detach().contiguous())
+        if bool(moved.all()):
+            edits.append(Replace(name, new.detach().clone()))
+        elif bool(moved.any()):
+            edits.append(Replace(name, new.detach()[moved].clone(), moved))
+    return Patch(tuple(edits))
+
+
+def write(path: str | Path, data: bytes | str) -> Path:
+    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises PatchError when it cannot."""
+    path = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise PatchError(f"cannot write {path.name}: {error.strerror or error}; nothing was left half-written") from None
+    return path
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _bytes(t: Tensor) -> bytes:
+    t = t.detach().cpu().contiguous()
+    return (t.to(torch.uint8) if t.dtype is torch.bool else bits(t)).numpy().tobytes()
+
+
+def _digest(edits: tuple, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the values that stand at the places the edits touch."""
+    h = hashlib.sha256()
+    for edit in sorted(edits, key=lambda e: e.name):
+        t = tensors[edit.name].detach()
+        mask = None if isinstance(edit, LowRank) else edit.mask
+        h.update(f"{edit.name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(_bytes(t if mask is None else t[mask.to(t.device)]))
+    return h.hexdigest()
+
+
+def _overlap(a: Replace | LowRank, b: Replace | LowRank) -> bool:
+    if isinstance(a, LowRank) or isinstance(b, LowRank) or a.mask is None or b.mask is None:
+        return True
+    return a.mask.shape != b.mask.shape or bool((a.mask & b.mask).any())
+
+
+def _file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
+    h = hashlib.sha256(body.encode())
+    for name in sorted(tensors):
+        h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        h.update(_bytes(tensors[name]))
+    return h.hexdigest()
+
+
+def _pack(edit: Replace | LowRank, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if isinstance(edit, LowRank):
+        tensors[f"{k}.up"], tensors[f"{k}.down"] = edit.up.detach().contiguous(), edit.down.detach().contiguous()
+        return {"kind": "lowrank", "name": edit.name, "scale": edit.scale}
+    tensors[f"{k}.values"] = edit.values.detach().contiguous()
+    if edit.mask is None:
+        return {"kind": "replace", "name": edit.name, "places": "all"}
+    listed = {"kind": "replace", "name": edit.name, "shape": list(edit.mask.shape)}
+    flat = edit.mask.reshape(-1)
+    if edit.values.numel() < flat.numel() / 64:
+        tensors[f"{k}.index"] = flat.nonzero().squeeze(1)
+        return {**listed, "places": "index"}
+    import numpy as np
+
+    tensors[f"{k}.bits"] = torch.from_numpy(np.packbits(flat.cpu().numpy()))
+    return {**listed, "places": "bits"}
+
+
+def _unpack(listed: dict[str, Any], k: str, tensors: Mapping[str, Tensor]) -> Replace | LowRank:
+    name = listed["name"]
+    if listed["kind"] == "lowrank":
+        return LowRank(name, tensors[f"{k}.up"], tensors[f"{k}.down"], float(listed["scale"]))
+    values = tensors[f"{k}.values"]
+    if listed["places"] == "all":
+        return Replace(name, values)
+    shape = [int(s) for s in listed["shape"]]
+    size = int(torch.tensor(shape).prod()) if shape else 1
+    mask = torch.zeros(0, dtype=torch.bool)
+    if listed["places"] == "index":
+        index = tensors[f"{k}.index"]
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+            raise PatchError(f"patch names places outside {name}")
+        if size > 64 * max(1, index.numel()) * (1 << 20):
+            raise PatchError(f"patch declares {size} places for {name}, far more than it fills")
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[index] = True
+    else:
+        import numpy as np
+
+        packed = tensors[f"{k}.bits"].numpy()
+        if packed.size != -(-size // 8):
+            raise PatchError(f"patch declares {size} places for {name} but holds bits for {packed.size * 8}")
+        mask = torch.from_numpy(np.unpackbits(packed, count=size).astype(bool))
+    if int(mask.sum()) != values.numel():
+        raise PatchError(f"patch holds {values.numel()} values for {int(mask.sum())} places of {name}")
+    return Replace(name, values, mask.reshape(shape))

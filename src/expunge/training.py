@@ -1,0 +1,45 @@
+"""Training from scratch: what worlds, the retrained reference and proxies share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.errors import ModelError
+from expunge.session import scratch
+from expunge.types import Task
+from expunge.updates.descend import descend
+
+
+def fresh(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with newly drawn weights and reset buffers, from `seed` alone; the global RNG is left as it was.
+
+    Every module that owns parameters or buffers must have `reset_parameters`, as all of PyTorch's layers do; otherwise ModelError. An
+    initialisation that the model's own constructor added on top (kaiming, say) is not repeated.
+    """
+    twin = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in twin.named_modules():
+            if not any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.buffers(recurse=False)):
+                continue
+            reset = getattr(module, "reset_parameters", None)
+            if reset is None:
+                raise ModelError(f"module '{name}' ({type(module).__name__}) has weights but no reset_parameters(); add one to give fresh weights")
+            reset()
+    for p in twin.parameters():
+        p.requires_grad_(True)
+        p.grad = None
+    return twin
+
+
+def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int, seed: int, **options: Any) -> list[float]:
+    """Train `model` in place on the mean loss; options are those of `updates.descend.alternate`. Leaves it in eval mode."""
+    session = scratch(model)
+    session.train()
+    losses = descend(session, lambda b: task.forward(model, b).mean.mean(), task.batches(data, batch_size, epochs=epochs, seed=seed), **options)
+    model.eval()
+    return losses

@@ -1,0 +1,268 @@
+"""The records that every other file speaks in: Split, Examples, Batch, Out, Task, Scope.
+
+Letters used in shapes: B examples of a batch, N examples of a data set, C classes, T tokens, V vocabulary, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import ScopeError, SplitError
+
+Batch = dict[str, Any]
+"""`x` inputs, `y` targets, `i` (B,) positions in the data set the batch was drawn from; other tasks add their own keys."""
+
+IGNORE = -100
+BUFFERS = ("move", "freeze", "recompute")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Data held in memory: inputs x (N, ...), targets y (N,) or (N, K), ids (N,) that name each record for good.
+
+    `augment(x, generator)` is applied to whole batches (vectorised) when a batch is drawn for training; audits never see it.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.x) == len(self.y) == len(self.ids):
+            raise SplitError(f"x, y and ids must be equally long; found {len(self.x)}, {len(self.y)} and {len(self.ids)}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.x[i], self.y[i]
+
+    def take(self, index: Tensor | Sequence[int]) -> Examples:
+        """The rows at `index`, in that order."""
+        rows = torch.as_tensor(index, dtype=torch.long)
+        return replace(self, x=self.x[rows], y=self.y[rows], ids=self.ids[rows])
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """One digest per row over input and target: equal rows have equal keys."""
+        x, y = self.x.detach().cpu().contiguous(), self.y.detach().cpu().contiguous()
+        pairs = zip(x.reshape(len(x), -1).numpy(), y.reshape(len(y), -1).numpy(), strict=True) if len(x) else ()
+        return [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=12).digest() for a, b in pairs]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all rows in order: names the data in patches, caches and reports."""
+        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What must go and what must stay. Only `forget` must exist.
+
+    test         never trained on: utility, and the source of non-members
+    validation   never trained on and apart from test: all tuning and stopping reads this part only
+    anchor       what to say instead (neutral concept, refusals, out-of-distribution inputs)
+    asked        the request in the words of the selector, as `class:3` or `ids:17,42`
+    """
+
+    forget: Sequence
+    retain: Sequence | None = None
+    test: Sequence | None = None
+    validation: Sequence | None = None
+    anchor: Sequence | None = None
+    asked: str = ""
+
+    def parts(self) -> dict[str, Sequence]:
+        """The parts that are there, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "asked")
+        return {name: part for name, part in named if part is not None}
+
+    def require(self, *names: str) -> None:
+        """Raises SplitError if one of the named parts is missing or empty."""
+        have = self.parts()
+        for name in names:
+            if name not in have:
+                raise SplitError(f"split lacks {name}; it has {', '.join(have)}")
+            if len(have[name]) == 0:
+                raise SplitError(_empty(name))
+
+    def check(self) -> None:
+        """Raises SplitError for an empty part, or records that stand in two parts that must be apart.
+
+        Rows are compared by content where the parts are `Examples`: forget against every other part, and retain against
+        test and validation. A record in both forget and test is a leak: the audit would call a trained record unseen.
+        """
+        have = self.parts()
+        for name, part in have.items():
+            if len(part) == 0:
+                raise SplitError(_empty(name))
+        keys = {name: set(part.keys) for name, part in have.items() if isinstance(part, Examples) and name != "anchor"}
+        for a, b in (("forget", "retain"), ("forget", "test"), ("forget", "validation"), ("retain", "test"), ("retain", "validation"), ("test", "validation")):
+            if a in keys and b in keys and (shared := keys[a] & keys[b]):
+                raise SplitError(f"{len(shared)} record(s) of {a} also stand in {b} (a leak); remove them from one of the two")
+
+
+def _empty(name: str) -> str:
+    if name == "forget":
+        return "forget is empty: the selector matched no record"
+    if name == "retain":
+        return "retain is empty: forgetting everything leaves nothing to keep; delete the model instead"
+    return f"{name} is empty; leave it out or give it records"
+
+
+@dataclass(frozen=True)
+class Out:
+    """One forward pass in the words that every loss understands. A loss maps it to (B,)."""
+
+    nll: Tensor
+    """(B,) training loss per example, summed over its units."""
+    count: Tensor
+    """(B,) units summed: answer tokens; 1 for an image."""
+    logits: Tensor | None = None
+    """(B, C) or (B, T, V), already aligned with labels."""
+    labels: Tensor | None = None
+    """(B,) or (B, T), IGNORE where a unit does not count."""
+    pred: Tensor | None = None
+    """(B, ...) value, noise estimate or image."""
+    target: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """(B,) training loss per unit."""
+        return self.nll / self.count
+
+
+class Batches(Sequence[Batch]):
+    """The batches of some epochs over a data set, each reachable by its number: `batches[k]` never depends on what was read before.
+
+    So a loop can be resumed at any step, and can be read twice. An epoch is a permutation drawn from (seed, epoch); with
+    `seed=None` the order is that of the data. Sizes within an epoch differ by at most one (129 examples at size 128 are 65 + 64, never
+    128 + 1). `epochs` may be a fraction. Augmentation draws from (seed, k).
+    """
+
+    def __init__(self, collate: Callable, data: Sequence, size: int, epochs: float = 1, seed: int | None = None) -> None:
+        if len(data) == 0:
+            raise SplitError("cannot draw batches from an empty part")
+        if size < 1:
+            raise ValueError(f"batch size must be at least 1, not {size}")
+        self.collate, self.data, self.epochs, self.seed = collate, data, epochs, seed
+        self.per_epoch = -(-len(data) // size)
+        self.steps = max(1, round(self.per_epoch * epochs))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, k):
+        if not 0 <= k < self.steps:
+            raise IndexError(k)
+        epoch, j = divmod(k, self.per_epoch)
+        n, m = len(self.data), self.per_epoch
+        index = self._permutation(epoch)[j * n // m : (j + 1) * n // m]
+        generator = None if self.seed is None else torch.Generator().manual_seed(_mix(self.seed, 2 * k + 1))
+        return self.collate(self.data, index, generator)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._order[0] != epoch:
+            n = len(self.data)
+            generator = torch.Generator().manual_seed(_mix(self.seed or 0, 2 * epoch))
+            self._order = (epoch, torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator))
+        return self._order[1]
+
+
+class Paired(Sequence):
+    """`Paired(a, b)[k] = (a[k], b[k])` up to the longest; the shorter ones start again from their first batch."""
+
+    def __init__(self, *streams: Sequence) -> None:
+        self.streams = streams
+
+    def __len__(self) -> int:
+        return max(len(s) for s in self.streams)
+
+    def __getitem__(self, k):
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        return tuple(s[k % len(s)] for s in self.streams)
+
+
+def _mix(seed: int, stream: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=7).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one modality is batched and scored. A record of functions: wrap one with `dataclasses.replace`.
+
+    collate(data, index, generator) -> Batch       all randomness lives here; generator None means no augmentation
+    forward(model, batch) -> Out                   a pure function of both; device and float type follow the model
+    features(model, batch, layer) -> (B, D)        inputs of the last linear layer when `layer` is ""
+    """
+
+    name: str
+    collate: Callable[[Sequence, Tensor, torch.Generator | None], Batch]
+    forward: Callable[[nn.Module, Batch], Out]
+    features: Callable[[nn.Module, Batch, str], Tensor]
+    sample: Callable[..., Any] | None = None
+
+    def batches(self, data: Sequence, size: int, *, epochs: float = 1, seed: int | None = None) -> Batches:
+        """Batches of `data`; shuffled and augmented when a seed is given, in order and plain when not."""
+        return Batches(self.collate, data, size, epochs, seed)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which weights may move: parameter name -> boolean mask of its shape, or None for all of it.
+
+    buffers says what happens to BatchNorm statistics and their like: `move` (they follow training and are part of the patch),
+    `freeze` (normalisation layers stay in eval mode, statistics bit-identical), `recompute` (one pass over retain data at the end).
+    """
+
+    masks: Mapping[str, Tensor | None] = field(default_factory=dict)
+    buffers: str = "move"
+
+    def __post_init__(self) -> None:
+        if self.buffers not in BUFFERS:
+            raise ScopeError(f"buffers must be one of {', '.join(BUFFERS)}, not '{self.buffers}'")
+
+    def __and__(self, other: Scope) -> Scope:
+        """Places that both allow."""
+        names = [n for n in self.masks if n in other.masks]
+        both = {n: _meet(self.masks[n], other.masks[n]) for n in names}
+        return Scope(both, self.buffers)
+
+    def count(self, model: nn.Module) -> int:
+        """How many single weights may move."""
+        named = dict(model.named_parameters())
+        return sum(named[n].numel() if m is None else int(m.sum()) for n, m in self.masks.items())
+
+
+def _meet(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None:
+        return b
+    return a if b is None else a & b
+
+
+def concat(*parts: Examples) -> Examples:
+    """All rows of the parts, one after another."""
+    first = parts[0]
+    return replace(first, x=torch.cat([p.x for p in parts]), y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter; CPU for a model without."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def float_of(model: nn.Module) -> torch.dtype:
+    """Floating type of the model's first parameter; float32 for a model without."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+

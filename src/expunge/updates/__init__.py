@@ -1,0 +1,1 @@
+"""Updates: loops and solves that move the weights of a session."""

@@ -1,0 +1,110 @@
+"""The training loop: `descend` for one objective, `alternate` for several phases under one optimiser state.
+
+One loop serves every trained method, so that the wall, the guard, checkpoints and resume are written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge import guard
+from expunge.errors import SettingError
+from expunge.session import Session
+
+Loss = Callable[[Any], Tensor]
+"""One batch (or tuple of batches) -> one number."""
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "linear": lambda t: 1.0 - t,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "onecycle": lambda t: t / 0.2 if t < 0.2 else 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8)),
+}
+"""Share of lr at the share t in [0, 1) of all steps. `onecycle` rises over the first fifth and then falls as a half cosine."""
+
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+
+
+def descend(session: Session, loss: Loss, batches: Sequence, **options: Any) -> list[float]:
+    """Minimise the mean of `loss` over `batches`; options and result as for `alternate`."""
+    return alternate(session, (loss, batches), **options)
+
+
+def alternate(
+    session: Session,
+    *phases: tuple[Loss, Sequence],
+    lr: float,
+    optimizer: str = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: float = math.inf,
+    schedule: str = "constant",
+    decay: Callable[[int], float] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Run the phases one after another, one gradient step per batch, and return the loss of every step.
+
+    lr          step size; multiplied by SCHEDULES[schedule](share of steps done), and by decay(phase number) if given
+    clip        largest gradient norm over the scope
+    after       called as after(step) once a step is taken: proximal steps, projections
+
+    Gradients outside the scope are zero before clipping; a loss that is not finite raises Diverged before any step is taken. Under a
+    guard with a journal, a killed run resumes at its last checkpoint with the same optimiser state and RNG.
+    """
+    if not lr >= 0:
+        raise SettingError(f"lr must be 0 or larger, not {lr}")
+    if schedule not in SCHEDULES:
+        raise SettingError(f"schedule must be one of {', '.join(SCHEDULES)}, not '{schedule}'")
+    watch = guard.current()
+    params = list(session.params.values())
+    stepper = _optimizer(params, optimizer, lr, momentum, weight_decay)
+    plan = [(number, loss, batches, k) for number, (loss, batches) in enumerate(phases) for k in range(len(batches))]
+    losses: list[float] = []
+    journal = watch.journal
+    start = journal.resume(session, stepper, losses, watch) if journal else 0
+    for step in range(start, len(plan)):
+        if watch.stopped:
+            break
+        number, loss, batches, k = plan[step]
+        for group in stepper.param_groups:
+            group["lr"] = lr * SCHEDULES[schedule](step / len(plan)) * (decay(number) if decay else 1.0)
+        value = loss(batches[k])
+        losses.append(float(value.detach()))
+        watch.check_loss(losses[-1], step, lr)
+        stepper.zero_grad(set_to_none=True)
+        if value.requires_grad:
+            value.backward()
+        session.mask_gradients()
+        if not watch.meter.gradient:
+            watch.meter.gradient = any(p.grad is not None and bool(p.grad.any()) for p in params)
+        if math.isfinite(clip):
+            torch.nn.utils.clip_grad_norm_(params, clip)
+        stepper.step()
+        if after:
+            after(step)
+        stop = watch.tick(session, step + 1, len(plan))
+        if journal:
+            journal.step(session, stepper, losses, watch, step + 1)
+        if stop:
+            break
+    stepper.zero_grad(set_to_none=True)
+    if journal:
+        journal.close(session, losses, watch)
+    return losses
+
+
+def _optimizer(params: list, name: str, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "nesterov":
+        return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
+    if name == "adam":
+        return torch.optim.Adam(params, lr, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr, weight_decay=weight_decay)
+    raise SettingError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not '{name}'")
