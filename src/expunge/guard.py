@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import Diverged
-from expunge.types import Batch, Out, Split, Task
+from expunge.journal import Journal
+from expunge.types import Batch, Examples, Out, Split, Task
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Meter:
 def metered(task: Task, split: Split, meter: Meter) -> Task:
     """The same task, counting into `meter`; nothing else about it changes."""
     names = {id(part): name for name, part in split.parts().items()}
+    gone = split.forget.ids if isinstance(split.forget, Examples) else None
 
     def watch(value: Tensor, examples: int) -> None:
         if value.requires_grad:
@@ -69,6 +71,8 @@ def metered(task: Task, split: Split, meter: Meter) -> Task:
     def collate(data, index, generator) -> Batch:
         name = names.get(id(data), "other")
         meter.seen[name] = meter.seen.get(name, 0) + len(index)
+        if name == "other" and gone is not None and isinstance(data, Examples):
+            meter.seen["forget"] = meter.seen.get("forget", 0) + int(torch.isin(data.ids[index], gone).sum())
         return task.collate(data, index, generator)
 
     def forward(model: nn.Module, batch: Batch) -> Out:
@@ -110,7 +114,7 @@ class Guard:
     every: int = 20
     patience: int = 0
     progress: Callable[[str, int, int], None] | None = None
-    journal: object | None = None
+    journal: Journal | None = None
 
     meter: Meter = field(default_factory=Meter)
     label: str = ""

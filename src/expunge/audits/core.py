@@ -1,0 +1,168 @@
+"""The audit's core: rows, the probe that checks look through, the gate that reads rows.
+
+A check is a function (Probe) -> list[Row] registered with `@check`. The gate reads the worse end of each interval, and refuses
+when a rule's row is missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from expunge import guard
+from expunge.errors import GateError
+from expunge.registry import CHECKS
+from expunge.types import Examples, Out, Split, Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. `low` and `high` are one-sided 95 % bounds; `n` the number of examples (or models) behind it.
+
+    note says how it was measured where that matters (how non-members were drawn, say). `indicative` rows never decide alone.
+    Per-example attacks put the false-positive rate or threshold they are read at into `at`.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    note: str = ""
+    indicative: bool = False
+    at: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says about one part: everything that checks read, computed in one pass. Tensors are float32 on CPU."""
+
+    nll: Tensor
+    """(N,) training loss per unit."""
+    logits: Tensor | None
+    """(N, C) for classifiers."""
+    labels: Tensor | None
+    """(N,)"""
+    pred: Tensor | None
+    """(N, ...) for regressors."""
+    target: Tensor | None
+
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool: argmax equals label."""
+        return self.logits.argmax(-1) == self.labels
+
+    @property
+    def margin(self) -> Tensor:
+        """(N,) what KLOM compares. Classifiers: phi = log p_y - log sum_{j != y} p_j; regressors: the first prediction itself.
+
+        p = (.9, .1), y = 0: phi = 2.1972 (card audits-classification).
+        """
+        if self.logits is None:
+            return self.pred.reshape(len(self.pred), -1)[:, 0]
+        mine = self.logits.gather(1, self.labels[:, None]).squeeze(1)
+        rest = self.logits.masked_fill(torch.nn.functional.one_hot(self.labels, self.logits.shape[1]).bool(), -torch.inf)
+        return mine - rest.logsumexp(1)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """All that a check may see. `references` are models retrained without the forget set; by convention none is `after`.
+
+    cost   the attempt's meter and seconds, and `retrain` passes to compare with: keys forward, backward, seconds, retrain_passes
+    """
+
+    before: nn.Module
+    after: nn.Module
+    task: Task
+    split: Split
+    references: tuple[nn.Module, ...] = ()
+    seed: int = 0
+    cost: Mapping[str, float] = field(default_factory=dict)
+    cache: dict = field(default_factory=dict)
+
+    def model(self, which: str) -> nn.Module:
+        """`before`, `after` or `reference0`, `reference1`, ..."""
+        return self.references[int(which[9:])] if which.startswith("reference") else {"before": self.before, "after": self.after}[which]
+
+    def scores(self, which: str, part: str) -> Scores:
+        """Scores of a model on a part of the split, computed once per model however many checks ask."""
+        model, data = self.model(which), getattr(self.split, part)
+        key = (id(model), part)
+        if key not in self.cache:
+            self.cache[key] = (score(model, self.task, data), model)
+        return self.cache[key][0]
+
+    def removed(self) -> list[int]:
+        """Classes that the request removes: forget holds examples of them and retain holds none. Empty without retain or for regression."""
+        forget, retain = self.split.forget, self.split.retain
+        if self.task.name != "classification" or not isinstance(forget, Examples) or not isinstance(retain, Examples):
+            return []
+        return sorted(set(forget.y.tolist()) - set(retain.y.tolist()))
+
+
+def score(model: nn.Module, task: Task, data: Sequence, size: int = 500) -> Scores:
+    """One pass in eval mode without augmentation; neither the model nor its modes change."""
+    outs: list[Out] = []
+    with guard.quiet(model):
+        batches = task.batches(data, size)
+        outs = [task.forward(model, batches[k]) for k in range(len(batches))]
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(o, name) for o in outs]
+        return None if values[0] is None else torch.cat([v.detach().cpu() for v in values])
+
+    pick = {name: joined(name) for name in ("logits", "labels", "pred", "target")}
+    pick = {n: v.float() if v is not None and v.is_floating_point() else v for n, v in pick.items()}
+    return Scores(nll=torch.cat([o.mean.detach().cpu().float() for o in outs]), **pick)
+
+
+def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list[Row]:
+    """Rows of all checks that apply (or of the named ones): right task, needed parts at hand, references if needed."""
+    have = set(probe.split.parts())
+    rows: list[Row] = []
+    for name in names or CHECKS:
+        check = CHECKS[name]
+        applies = probe.task.name in check.tasks and set(check.needs) <= have and (probe.references or not check.reference)
+        if applies and (slow or not check.slow):
+            rows += check(probe)
+    return rows
+
+
+_RULE = re.compile(r"\s*(?:(<=|>=)\s*(\S+)|(\S+)\s*\.\.\s*(\S+))\s*")
+
+
+def bounds(rule: str) -> tuple[float, float]:
+    """`<= 0.02`, `>= 0.9` or `0.45..0.55` as (lowest, highest) allowed. Raises GateError."""
+    found = _RULE.fullmatch(rule)
+    try:
+        if not found:
+            raise ValueError
+        sign, one, a, b = found.groups()
+        if sign:
+            return (-float("inf"), float(one)) if sign == "<=" else (float(one), float("inf"))
+        return float(a), float(b)
+    except ValueError:
+        raise GateError(f"cannot read the rule '{rule}'; write '<= 0.02', '>= 0.9' or '0.45..0.55'") from None
+
+
+def gate(rows: Sequence[Row], rules: Mapping[str, str]) -> list[str]:
+    """Reasons to refuse, empty when all rules hold at the worse end of their row's interval; a rule without its row refuses.
+
+    >>> gate([Row("accuracy.forget", 0.0, 0.0, 0.051, 50)], {"accuracy.forget": "<= 0.02"})
+    ['accuracy.forget is 0 (0 to 0.051, n = 50); the rule asks for <= 0.02']
+    """
+    found = {row.name: row for row in rows}
+    reasons = []
+    for name, rule in rules.items():
+        low, high = bounds(rule)
+        row = found.get(name)
+        if row is None:
+            reasons.append(f"{name} was not measured; the rule asks for {rule}")
+        elif not (row.low >= low and row.high <= high):
+            reasons.append(f"{name} is {row.value:.4g} ({row.low:.4g} to {row.high:.4g}, n = {row.n}); the rule asks for {rule}")
+    return reasons

@@ -1,0 +1,85 @@
+"""The verdict: default rules, the self-test of every rule, and the reading of both.
+
+A rule counts only if it is shown to work on this very model and data: the untouched original must fail a forgetting rule, an untrained model
+must fail a utility rule, and, where retrained models are at hand, one held out from the references must pass. A rule that fails its
+self-test is `unusable`: it is printed as such and is never a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from expunge.audits.core import Probe, Row, audit, gate
+from expunge.training import fresh
+
+UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test")
+"""Prefixes of rows that measure what must stay; every other ruled row measures what must go."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rule's self-test. `original`: what the model that must fail read; `retrained`: what the held-out retrained model read, or ""."""
+
+    name: str
+    rule: str
+    original: str
+    retrained: str
+    usable: bool
+
+
+def default_rules(p: Probe) -> dict[str, str]:
+    """Rules for this task, request and references; absolute ones where there is no reference."""
+    if p.task.name == "regression":
+        goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
+        return {**goes, "drop.test": "<= 0.15"}
+    if p.removed():
+        limit = _limit(p)
+        return {"accuracy.forget": f"<= {limit:.4g}", "accuracy.forget_test": f"<= {max(limit, 0.1):.4g}", "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+    goes = {"gap_closed.klom": ">= 0.5", "membership.excess": "-0.12..0.12"} if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
+    return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+
+
+def _limit(p: Probe) -> float:
+    """Highest accuracy on the forget set that retrained models allow (largest upper bound of one), 0.05 without them."""
+    probes = [replace(p, after=model, references=()) for model in p.references]
+    highs = [row.high for q in probes for row in audit(q, ["accuracy"], slow=False) if row.name == "accuracy.forget"]
+    return max(highs, default=0.05) + 1e-9
+
+
+def checks_for(rules: Mapping[str, str]) -> list[str]:
+    """Names of the checks whose rows the rules read, by the first word of the row."""
+    words = {"gap_closed": "klom", "klom_ratio": "klom"}
+    return sorted({words.get(name.split(".")[0], name.split(".")[0]) for name in rules})
+
+
+def selftest(p: Probe, rules: Mapping[str, str]) -> list[Trial]:
+    """Try every rule on a model whose truth is known. `p.after` is not read."""
+    held, others = (p.references[0], p.references[1:]) if len(p.references) >= 2 else (None, ())
+    keep = others or p.references
+    wrong = {"goes": replace(p, after=p.before, references=keep), "stays": replace(p, after=fresh(p.before, p.seed + 1), references=keep)}
+    rows = {key: audit(probe, slow=False) for key, probe in wrong.items()}
+    good = audit(replace(p, after=held, references=others), slow=False) if held is not None else None
+    trials = []
+    for name, rule in rules.items():
+        bad = rows["stays" if name.startswith(UTILITY) else "goes"]
+        refuses = bool(gate(bad, {name: rule})) and any(r.name == name for r in bad)
+        accepts = good is None or not gate(good, {name: rule})
+        trials.append(Trial(name, rule, _read(bad, name), "" if good is None else _read(good, name), refuses and accepts))
+    return trials
+
+
+def _read(rows: Sequence[Row], name: str) -> str:
+    found = [r for r in rows if r.name == name]
+    return f"{found[0].value:.3g} ({found[0].low:.3g} to {found[0].high:.3g})" if found else "not measured"
+
+
+def judge(rows: Sequence[Row], trials: Sequence[Trial]) -> list[str]:
+    """Reasons to refuse: broken usable rules; and when no usable rule measures forgetting, that. Empty means pass."""
+    usable = {t.name: t.rule for t in trials if t.usable}
+    reasons = gate(rows, usable)
+    if not any(not name.startswith(UTILITY) for name in usable):
+        reasons.append("no usable check of forgetting: each failed its self-test on this model and data, so nothing can be certified")
+    return reasons
+
+

@@ -1,0 +1,105 @@
+"""The benchmark: worlds x scenarios x methods x seeds -> JSON lines, one per cell, and a Markdown table.
+
+A cell starts from the original of its seed and is read against all retrained models of its scenario. Cells that stand in the JSON lines
+file already are not run again, so a long benchmark can be stopped and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expunge.audits.core import Probe, audit
+from expunge.bench.worlds import SCENARIOS, World, cache_folder, world
+from expunge.plan import patched
+from expunge.registry import METHODS
+from expunge.run import Attempt, unlearn
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
+"""world -> method -> settings that differ from the method's defaults there."""
+
+NOTHING = "nothing"
+"""The baseline that leaves the model as it is."""
+
+
+def retrain_passes(w: World, scenario: str) -> float:
+    """Examples forward plus backward that retraining takes in this world."""
+    return 2.0 * w.recipe["epochs"] * len(w.split(scenario).retain)
+
+
+def cells(w: World, methods: Sequence[str], scenarios: Sequence[str], seeds: int) -> Iterable[tuple[str, str, int]]:
+    """(scenario, method, seed) in an order that finishes seed 0 of everything first."""
+    for seed in range(seeds):
+        for scenario in scenarios:
+            for name in methods:
+                if name == NOTHING or w.task.name in METHODS[name].tasks:
+                    yield scenario, name, seed
+
+
+def bench(
+    name: str, methods: Sequence[str] | str = "all", seeds: int = 3, scenarios: Sequence[str] = SCENARIOS, out: Path | str = "bench-out",
+    *, references: int = 3, slow: bool = False, cache: Path | None = None, progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run the cells that are not in OUT/NAME.jsonl yet; returns all cells and writes OUT/NAME.md.
+
+    Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed.
+    """
+    from expunge.bench.table import markdown
+
+    w, cache = world(name), cache or cache_folder()
+    chosen = [NOTHING, *METHODS] if methods == "all" else [NOTHING, *(METHODS[m].name for m in methods)]
+    path = Path(out) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = f"{w.digest}/{references}/{slow}"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(c["scenario"], c["method"], c["seed"]): c for c in lines if c["world_key"] == key}
+    todo = [c for c in cells(w, chosen, scenarios, seeds) if c not in done]
+    for number, (scenario, method, seed) in enumerate(todo):
+        if progress:
+            progress(f"{name} {scenario} {method} seed {seed}", number, len(todo))
+        cell = {"world_key": key, **run_cell(w, scenario, method, seed, references, slow, cache)}
+        done[scenario, method, seed] = cell
+        with path.open("a") as f:
+            f.write(json.dumps(cell, allow_nan=True) + "\n")
+    result = list(done.values())
+    (path.parent / f"{name}.md").write_text(markdown(result))
+    return result
+
+
+def run_cell(w: World, scenario: str, method: str, seed: int, references: int, slow: bool, cache: Path | None) -> dict[str, Any]:
+    """One method on one seed of one scenario, audited. A retrained model as candidate is read against the other references."""
+    split, original = w.split(scenario), w.original(seed, cache)
+    refs = tuple(w.retrained(scenario, k, cache) for k in range(references))
+    start = time.perf_counter()
+    if method == NOTHING:
+        attempt, after = Attempt(NOTHING, {}, seed, "no_op", "left as it is", None), original
+    elif method == "retrain":
+        n, k = retrain_passes(w, scenario) / 2, seed % references
+        attempt = Attempt("retrain", dict(w.recipe), seed, "ok", "", None)
+        attempt.meter.forward = attempt.meter.backward = int(n)
+        after, refs = refs[k], refs[:k] + refs[k + 1 :]
+    else:
+        attempt = unlearn(method, original, w.task, split, seed=seed, **PRESETS.get(w.name, {}).get(method, {}))
+        after = patched(original, attempt)
+    ran = time.perf_counter() - start
+    cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
+    audited = attempt.outcome == "ok" or method == NOTHING
+    rows = audit(Probe(original, after, w.task, split, refs, seed, cost), slow=slow) if audited else []
+    return {
+        "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": dict(attempt.settings), "outcome": attempt.outcome,
+        "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": references,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
+        "rows": [asdict(r) for r in rows],
+    }  # fmt: skip
+
+
+def by_name(cell: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cell's rows by row name."""
+    return {row["name"]: row for row in cell["rows"]}

@@ -1,0 +1,85 @@
+"""JSON lines of a benchmark -> Markdown: per scenario one line per method, mean over seeds with the smallest and largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from expunge.bench.run import NOTHING, by_name
+
+COLUMNS: tuple[tuple[str, str, float], ...] = (
+    ("gap closed, KLOM", "gap_closed.klom", 1),
+    ("gap closed, KL", "gap_closed.kl", 1),
+    ("KLOM retain / floor", "klom_ratio.retain", 1),
+    ("KLOM test / floor", "klom_ratio.test", 1),
+    ("UA", "accuracy.forget", -100),
+    ("RA", "accuracy.retain", 100),
+    ("TA", "accuracy.test", 100),
+    ("loss AUC", "membership.loss_auc", 1),
+    ("average gap", "average_gap", 1),
+    ("error forget", "error.forget", 1),
+    ("error test", "error.test", 1),
+)
+"""Heading, row, factor (-100: 100 minus 100 times the value)."""
+
+
+def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
+    """All scenarios of one world. Methods are ranked by gap closed only where doing nothing is apart from the floor; else the text says so."""
+    out = []
+    for scenario in dict.fromkeys(c["scenario"] for c in cells):
+        mine = [c for c in cells if c["scenario"] == scenario]
+        first = mine[0]
+        seeds = len({c["seed"] for c in mine})
+        out.append(f"### {first['world']}, {scenario}: {seeds} seed(s), {first['references']} retrained models, {first['date']}, {first['machine']}\n")
+        out.append(apart(mine) + "\n")
+        columns = [c for c in COLUMNS if any(c[1] in by_name(cell) for cell in mine)]
+        out.append("| method | " + " | ".join(h for h, _, _ in columns) + " | share of retraining's passes | outcome |")
+        out.append("|---" * (len(columns) + 3) + "|")
+        for method in ranked(mine):
+            group = [c for c in mine if c["method"] == method]
+            values = [_spread([_value(c, row, factor) for c in group]) for _, row, factor in columns]
+            outcomes = ", ".join(sorted({c["outcome"] for c in group}))
+            out.append(f"| {method} | " + " | ".join(values) + f" | {_spread([c['share'] for c in group])} | {outcomes} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def apart(cells: Sequence[Mapping[str, Any]]) -> str:
+    """How far doing nothing and the floor are apart on the forget set: the world is valid only where doing nothing fails."""
+    rows = [by_name(c) for c in cells if c["method"] == NOTHING]
+    far = [r["klom_before.forget"]["value"] for r in rows if "klom_before.forget" in r]
+    floor = [r["klom_floor.forget"]["value"] for r in rows if "klom_floor.forget" in r]
+    if not far:
+        return "No retrained models: methods cannot be ranked."
+    valid = all(a > 1.5 * b for a, b in zip(far, floor, strict=True))
+    end = "Ranked by gap closed." if valid else "Doing nothing is as close as retraining: this world is not valid for ranking, the order is alphabetical."
+    return f"KLOM on forget: doing nothing {_spread(far)}, floor {_spread(floor)}. {end}"
+
+
+def ranked(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Methods by mean gap closed where the world is valid; the rest after them by name."""
+
+    def key(method: str) -> tuple[float, str]:
+        values = [_value(c, "gap_closed.klom", 1) for c in cells if c["method"] == method]
+        good = [v for v in values if v is not None and math.isfinite(v)]
+        return (-sum(good) / len(good) if good else math.inf, method)
+
+    return sorted({c["method"] for c in cells}, key=key)
+
+
+def _value(cell: Mapping[str, Any], row: str, factor: float) -> float | None:
+    found = by_name(cell).get(row)
+    if found is None or found["value"] is None:
+        return None
+    return 100 - 100 * found["value"] if factor == -100 else factor * found["value"]
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean (smallest to largest) of what was measured; the mean alone for one value."""
+    good = [v for v in values if v is not None and math.isfinite(v)]
+    if not good:
+        return "-"
+    show: Callable[[float], str] = lambda v: f"{v:.3g}" if abs(v) < 100 else f"{v:.0f}"  # noqa: E731
+    mean = show(sum(good) / len(good))
+    return mean if len(good) == 1 or min(good) == max(good) else f"{mean} ({show(min(good))} to {show(max(good))})"

@@ -1,0 +1,85 @@
+"""Reset and fine-tune: weaken all weights, re-initialise the last layers, then train briefly on the retain set.
+
+Paper    Ash and Adams, "On Warm-Starting Neural Network Training", NeurIPS 2020, arXiv:1910.08475 (shrink and perturb); EU-k of Goel et al. 2022,
+         arXiv:2201.06640 (re-initialised last layers). The combination as an unlearning preset is this project's.
+Forgets  records, class.          Needs    retain.
+Scope    all weights.   Forget  theta <- shrink * theta + noise * theta_fresh; the last k layers theta_fresh.
+Retain   CE + distil * mean (logits - original logits)^2.
+Update   SGD with a one-cycle schedule.   Leaves  Replace.
+Settings
+    shrink        factor on the trained weights, 0..1; 1 keeps them
+    noise         factor on freshly initialised weights that are added
+    k             how many of the last linear or convolution layers start afresh; 0 for none
+    distil        weight of the squared distance of logits to the original's on retain data: keeps their scale, which short training does not reach
+    epochs        passes over the retain set
+    lr            largest step size of the one-cycle schedule
+    momentum      of SGD (Nesterov)
+    weight_decay  of SGD
+    batch_size    examples per step
+    buffers       move, freeze or recompute: what happens to batch-norm statistics
+Differs  Shrink and perturb was published for continued training, not for unlearning.
+Check
+    >>> import torch; w, fresh = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5])
+    >>> 0.4 * w + 0.1 * fresh
+    tensor([ 0.4500, -0.7500])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from expunge.guard import quiet
+from expunge.patch import Patch
+from expunge.registry import method
+from expunge.scopes.layers import everything, last
+from expunge.session import NORMS, edit
+from expunge.training import fresh
+from expunge.types import Split, Task
+from expunge.updates.descend import descend
+
+
+@method(
+    paper="arXiv:1910.08475",
+    tasks=("classification", "regression"),
+    needs=("retain",),
+    cost=lambda n, s: ((s["epochs"] + (s["distil"] > 0)) * n["retain"], s["epochs"] * n["retain"]),
+    toy={"epochs": 6.0, "shrink": 0.3, "lr": 0.05},
+)
+def reset_fine_tune(
+    model: nn.Module, task: Task, split: Split, *, shrink: float = 0.4, noise: float = 0.1, k: int = 1, distil: float = 0.0, epochs: float = 3.0, lr: float = 0.1,
+    momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 50, buffers: str = "move", seed: int = 0,
+) -> Patch:  # fmt: skip
+    """See the module's docstring."""
+    teacher = outputs(model, task, split.retain) if distil else torch.empty(0)
+    new = dict(fresh(model, seed).named_parameters())
+    afresh = set(last(model, k).masks) if k else set()
+    norms = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, NORMS) for p, _ in m.named_parameters(recurse=False)}
+    with edit(model, everything(model, buffers), stats=task.batches(split.retain, 256)) as e:
+        with torch.no_grad():
+            for name, p in e.params.items():
+                if name in afresh:
+                    p.copy_(new[name])
+                elif name not in norms:
+                    p.mul_(shrink).add_(new[name], alpha=noise)
+        e.train()
+        batches = task.batches(split.retain, batch_size, epochs=epochs, seed=seed)
+
+        def loss(batch) -> Tensor:
+            out = task.forward(model, batch)
+            value = out.mean.mean()
+            if distil:
+                now = out.pred if out.logits is None else out.logits
+                value = value + distil * (now - teacher[batch["i"]].to(now)).square().mean()
+            return value
+
+        descend(e, loss, batches, lr=lr, optimizer="nesterov", momentum=momentum, weight_decay=weight_decay, schedule="onecycle")
+    return e.patch
+
+
+def outputs(model: nn.Module, task: Task, data) -> Tensor:
+    """(N, C) logits or (N, ...) predictions of `model` in eval mode, without augmentation: the constant targets of distillation."""
+    batches = task.batches(data, 256)
+    with quiet(model):
+        outs = [task.forward(model, batches[k]) for k in range(len(batches))]
+    return torch.cat([o.pred if o.logits is None else o.logits for o in outs])

@@ -1,0 +1,193 @@
+"""Methods and checks, found by folder and by entry point; a method's signature is its configuration.
+
+    @method(paper="arXiv:...", tasks=("classification",), needs=("forget",), cost=..., toy={...})
+    def salun(model, task, split, *, keep: float = 0.5, ..., seed: int = 0) -> Patch: ...
+
+    METHODS["salun"](model, task, split, keep=0.3) -> Patch
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge import guard
+from expunge.errors import SettingError, SplitError, suggest
+from expunge.patch import Patch
+from expunge.types import Split, Task
+
+ASSURANCES = ("exact", "certified", "approximate", "suppression")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method: its function, and what it declares about itself.
+
+    needs       parts of the split that must be there
+    forgets     kinds of request it is made for: "records", "class", "range"
+    assurance   what it can honestly claim, one of ASSURANCES
+    cost        (part sizes, settings) -> (examples forward, examples backward); held by a law against the meter
+    toy         settings under which it visibly forgets in the toy worlds of the tests
+    """
+
+    name: str
+    function: Callable[..., Patch]
+    paper: str
+    tasks: tuple[str, ...]
+    needs: tuple[str, ...]
+    forgets: tuple[str, ...]
+    assurance: str
+    cost: Callable[[Mapping[str, int], Mapping[str, Any]], tuple[float, float]]
+    toy: Mapping[str, Any]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Settings and their defaults, in the order of the signature; `seed` is not one of them."""
+        found = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
+
+    @property
+    def manual(self) -> str:
+        """The module's docstring: the manual page."""
+        return inspect.cleandoc(inspect.getmodule(self.function).__doc__ or "")
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults overlaid with `given`, text turned into the default's type. Raises SettingError."""
+        out = self.defaults
+        for name, value in given.items():
+            if name not in out:
+                raise SettingError(suggest(f"{self.name} has no setting", name, out))
+            out[name] = convert(f"{self.name}'s {name}", value, out[name])
+        return out
+
+    def expected(self, split: Split, settings: Mapping[str, Any]) -> tuple[float, float]:
+        """Examples forward and backward that a run with these settings will cost."""
+        return self.cost({name: len(part) for name, part in split.parts().items()}, settings)
+
+    def check(self, task: Task, split: Split) -> None:
+        """Raises SettingError or SplitError if this method cannot work on this task or split."""
+        if task.name not in self.tasks:
+            raise SettingError(f"{self.name} works on {', '.join(self.tasks)}, not on {task.name}")
+        try:
+            split.require(*self.needs)
+        except SplitError as error:
+            others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= set(split.parts())]
+            raise SplitError(f"{error}. Methods that can do with that: {', '.join(others) or 'none'}") from None
+
+    def __call__(self, model: nn.Module, task: Task, split: Split, *, seed: int = 0, **given: Any) -> Patch:
+        """Run the method; the model and the global RNG are left as they were. See `run.unlearn` for the guarded form."""
+        from expunge import __version__
+
+        settings = self.settings(given)
+        self.check(task, split)
+        watch = guard.current()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            patch = self.function(model, guard.metered(task, split, watch.meter), split, seed=seed, **settings)
+        meta = {"method": self.name, "settings": settings, "seed": seed, "assurance": self.assurance, "version": __version__, "asked": split.asked}
+        return patch.stamped(model, **meta)
+
+
+def convert(what: str, value: Any, default: Any) -> Any:
+    """`value` as the type of `default`; raises SettingError when it is not one."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (ValueError, KeyError):
+        raise SettingError(f"{what} must be {kind.__name__}, not {value!r}") from None
+
+
+class Registry(Mapping):
+    """Name -> record, filled on first use from a package's folder and from an entry-point group."""
+
+    def __init__(self, package: str, kind: str) -> None:
+        self.package, self.kind = package, kind
+        self._found: dict[str, Any] = {}
+        self._loaded = False
+
+    def add(self, record: Any) -> None:
+        """Register; two records of one name are a mistake."""
+        if record.name in self._found:
+            raise SettingError(f"two {self.kind}s are called '{record.name}'")
+        self._found[record.name] = record
+
+    def _load(self) -> dict[str, Any]:
+        if not self._loaded:
+            self._loaded = True
+            folder = importlib.import_module(self.package)
+            for info in pkgutil.iter_modules(folder.__path__):
+                importlib.import_module(f"{self.package}.{info.name}")
+            for point in entry_points(group=self.package):
+                point.load()
+        return self._found
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._load()
+        if name not in found:
+            raise SettingError(suggest(f"no {self.kind}", name, sorted(found)))
+        return found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._load()))
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+
+METHODS: Registry = Registry("expunge.methods", "method")
+CHECKS: Registry = Registry("expunge.audits", "check")
+
+
+def method(*, paper: str, tasks: tuple[str, ...], needs: tuple[str, ...], cost: Callable, toy: Mapping[str, Any], forgets: tuple[str, ...] = ("records", "class"), assurance: str = "approximate") -> Callable:
+    """Register a method; the function's name is the method's name."""
+
+    def wrap(function: Callable[..., Patch]) -> Method:
+        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy)
+        METHODS.add(record)
+        return record
+
+    return wrap
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measurement of an audit: (Probe) -> rows. `reference`: needs at least one retrained model; `slow`: trains."""
+
+    name: str
+    function: Callable
+    tasks: tuple[str, ...]
+    needs: tuple[str, ...]
+    reference: bool
+    slow: bool
+
+    def __call__(self, probe: Any) -> list:
+        return self.function(probe)
+
+
+def check(*, tasks: tuple[str, ...], needs: tuple[str, ...], reference: bool = False, slow: bool = False) -> Callable:
+    """Register a check; the function's name is the check's name."""
+
+    def wrap(function: Callable) -> Check:
+        record = Check(function.__name__, function, tasks, needs, reference, slow)
+        CHECKS.add(record)
+        return record
+
+    return wrap

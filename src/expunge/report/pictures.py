@@ -1,0 +1,77 @@
+"""The numbers behind the report's pictures: loss histograms, membership ROC, confusion, worst offenders, trade-off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from expunge.audits.core import Probe, Scores
+
+LIMIT = 2000
+"""Most losses kept per histogram."""
+
+
+def pictures(p: Probe, tries: Sequence[Any]) -> dict[str, Any]:
+    """JSON-able data for the plots of the report's schema; `p.after` is the model shown, `tries` are `plan.Try`."""
+    which = {"before": "before", "after": "after", **({"retrained": "reference0"} if p.references else {})}
+    have = p.split.parts()
+    parts = [n for n in ("forget", "retain", "test") if n in have]
+    loss = {part: {label: p.scores(name, part).nll[:LIMIT].tolist() for label, name in which.items()} for part in parts}
+    out: dict[str, Any] = {"loss": loss, "scatter": [point for t in tries if (point := _point(t))]}
+    if "test" in have:
+        out["roc"] = {label: roc(p.scores(name, "forget").nll, _unseen(p, name)) for label, name in which.items()}
+    if p.task.name == "classification":
+        part = "test" if "test" in have else "forget"
+        out["confusion"] = {label: confusion(p.scores(label, part)) for label in ("before", "after")}
+    out["offenders"] = offenders(p, which)
+    return out
+
+
+def _unseen(p: Probe, name: str) -> torch.Tensor:
+    seen, s = p.scores(name, "forget"), p.scores(name, "test")
+    return s.nll if s.labels is None else s.nll[torch.isin(s.labels, seen.labels.unique())]
+
+
+def roc(members: torch.Tensor, others: torch.Tensor, points: int = 101) -> dict[str, Any]:
+    """Curve of the attack "low loss means member" on losses (N,) and (M,): fpr, tpr at `points` thresholds, and the area."""
+    if not len(others):
+        return {"fpr": [], "tpr": [], "auc": None}
+    pooled = torch.cat([members, others])
+    cuts = torch.cat([torch.tensor([-torch.inf]), pooled.quantile(torch.linspace(0, 1, points))])
+    tpr = (members[None] <= cuts[:, None]).float().mean(1)
+    fpr = (others[None] <= cuts[:, None]).float().mean(1)
+    return {"fpr": fpr.tolist(), "tpr": tpr.tolist(), "auc": float(torch.trapezoid(tpr, fpr))}
+
+
+def confusion(s: Scores) -> list[list[int]]:
+    """Counts [label][prediction]."""
+    classes = s.logits.shape[1]
+    return torch.bincount(s.labels * classes + s.logits.argmax(1), minlength=classes**2).view(classes, classes).tolist()
+
+
+def offenders(p: Probe, which: dict[str, str], most: int = 12) -> list[dict[str, Any]]:
+    """The forget examples that still look most like training members: lowest loss against what a retrained model (or the mean unseen loss) has."""
+    after = p.scores("after", "forget").nll
+    reference = p.scores("reference0", "forget").nll if p.references else torch.zeros_like(after)
+    worst = (after - reference).argsort()[:most]
+    ids = getattr(p.split.forget, "ids", torch.arange(len(after)))
+    losses = {label: p.scores(name, "forget").nll for label, name in which.items()}
+    labels = p.scores("after", "forget").labels
+    rows = []
+    for i in worst.tolist():
+        row: dict[str, Any] = {"id": int(ids[i]), "label": None if labels is None else int(labels[i])}
+        rows.append({**row, **{label: float(values[i]) for label, values in losses.items()}})
+    return rows
+
+
+def _point(t: Any) -> dict[str, Any] | None:
+    rows = {r.name: r.value for r in t.rows}
+    forgetting = rows.get("gap_closed.klom", rows.get("gap_closed.kl"))
+    if forgetting is None or forgetting != forgetting:
+        forgetting = 1 - rows["accuracy.forget"] if "accuracy.forget" in rows else None
+    utility = rows.get("accuracy.test", 1 - rows["drop.test"] if "drop.test" in rows else None)
+    if forgetting is None or utility is None:
+        return None
+    return {"method": t.attempt.method, "seed": t.attempt.seed, "forgetting": forgetting, "utility": utility, "cost": t.attempt.meter.passes, "passed": t.passed}

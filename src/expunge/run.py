@@ -1,0 +1,129 @@
+"""One guarded run of one method: whatever happens, it ends in one outcome.
+
+    ok         weights moved, all finite; only this can be audited to a pass
+    no_op      weights bit-identical, or no gradient reached the scope, or no forget batch was seen
+    diverged   loss or weights left their bounds; rolled back
+    refused    the method found that it cannot work on this model or split
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.errors import Diverged, ExpungeError, ScopeError, SplitError
+from expunge.guard import Guard, Meter, quiet, watching
+from expunge.journal import Journal
+from expunge.patch import Patch, bits
+from expunge.registry import METHODS, Method
+from expunge.types import Examples, Split, Task
+
+OUTCOMES = ("ok", "no_op", "diverged", "refused")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one run did. `patch` is there for the outcome `ok` alone."""
+
+    method: str
+    settings: Mapping[str, Any]
+    seed: int
+    outcome: str
+    reason: str
+    patch: Patch | None
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Examples forward and backward, and seconds of wall time."""
+        return {"forward": self.meter.forward, "backward": self.meter.backward, "seconds": self.meter.seconds}
+
+
+def unlearn(
+    method: str, model: nn.Module, task: Task, split: Split, *, seed: int = 0, guard: Guard | None = None, folder: Path | str | None = None,
+    checkpoint_every: int = 25, progress: Callable[[str, int, int], None] | None = None, **settings: Any,
+) -> Attempt:  # fmt: skip
+    """Run `method` under a guard; the model itself is never changed.
+
+    folder      where checkpoints go: a run killed at any moment and called again with the same folder resumes to the same result, bit for bit
+    settings    the method's own; see METHODS[method].defaults
+
+    Raises SettingError, SplitError or ScopeError for bad input, before anything runs.
+    """
+    record: Method = METHODS[method]
+    resolved = record.settings(settings)
+    record.check(task, split)
+    preflight(model, task, split)
+    watch = guard or Guard()
+    watch.label, watch.progress = watch.label or method, watch.progress or progress
+    if folder is not None:
+        identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if isinstance(p, Examples)}]
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        watch.journal = Journal(Path(folder), name, checkpoint_every)
+    start = time.perf_counter()
+    try:
+        with watching(watch):
+            patch = record(model, task, split, seed=seed, **resolved)
+        outcome, reason = _judge(record, model, patch, watch)
+    except Diverged as error:
+        patch, outcome, reason = None, "diverged", f"{error}; rolled back"
+    except ExpungeError as error:
+        patch, outcome, reason = None, "refused", str(error)
+    watch.meter.seconds = time.perf_counter() - start
+    if watch.journal is not None and outcome != "refused":
+        watch.journal.clear()
+    return Attempt(method, resolved, seed, outcome, reason, patch if outcome == "ok" else None, watch.meter)
+
+
+def _judge(record: Method, model: nn.Module, patch: Patch, watch: Guard) -> tuple[str, str]:
+    named, meter = dict(model.named_parameters()), watch.meter
+    if not any(edit.name in named for edit in patch.edits):
+        return "no_op", "weights are bit-identical: nothing was unlearned (is lr 0, or the step lost in rounding?)"
+    if meter.steps and not meter.gradient:
+        return "no_op", "no gradient reached the scope in any step"
+    if "forget" in record.needs and not meter.seen.get("forget"):
+        return "no_op", "no forget batch was seen"
+    return "ok", watch.stopped
+
+
+def preflight(model: nn.Module, task: Task, split: Split) -> None:
+    """Raises SplitError or ScopeError for leaks, empty parts, labels or inputs the model cannot take, or a model without trainable weights."""
+    split.check()
+    if not any(p.requires_grad and p.is_floating_point() for p in model.parameters()):
+        raise ScopeError("the model has no trainable weight: no parameter requires a gradient")
+    with quiet(model):
+        for name, part in split.parts().items():
+            if isinstance(part, Examples) and not torch.isfinite(part.x.float()).all():
+                raise SplitError(f"{name} holds inputs that are not finite")
+        if task.name == "classification":
+            _check_labels(model, task, split)
+
+
+def _check_labels(model: nn.Module, task: Task, split: Split) -> None:
+    first = task.batches(split.forget, 2)[0]
+    try:
+        classes = task.forward(model, {**first, "y": torch.zeros_like(first["y"])}).logits.shape[-1]
+    except (RuntimeError, IndexError) as error:
+        raise SplitError(f"the model cannot take the forget set's inputs {tuple(first['x'].shape[1:])}: {str(error).splitlines()[0]}") from None
+    for name, part in split.parts().items():
+        if isinstance(part, Examples) and (part.y.is_floating_point() or int(part.y.min()) < 0 or int(part.y.max()) >= classes):
+            found = "real-valued targets" if part.y.is_floating_point() else f"labels {int(part.y.min())} to {int(part.y.max())}"
+            raise SplitError(f"{name} has {found}; the model has {classes} outputs, so labels must be integers in 0..{classes - 1}")
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers, names included."""
+    h = hashlib.sha256()
+    for name, t in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        raw = t.detach().cpu().contiguous()
+        h.update(f"{name}{raw.dtype}{tuple(raw.shape)}".encode())
+        h.update((raw.to(torch.uint8) if raw.dtype is torch.bool else bits(raw)).numpy().tobytes())
+    return h.hexdigest()

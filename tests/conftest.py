@@ -1,0 +1,43 @@
+"""Fixtures that several test files share: small models, data and tasks. Nothing here is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import nn
+
+from expunge.tasks.classification import classification
+from expunge.types import Examples, Split, Task
+
+settings.register_profile("expunge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("expunge")
+torch.set_num_threads(1)
+
+
+def make_net(seed: int = 0) -> nn.Sequential:
+    """Convolution, batch norm, dropout and two linear layers: (B, 1, 4, 4) -> (B, 3). Holds float and integer buffers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.Dropout(0.1), nn.Linear(5, 3))
+
+
+def make_data(n: int, seed: int = 0) -> Examples:
+    """n random images (n, 1, 4, 4) with labels 0..2."""
+    g = torch.Generator().manual_seed(seed)
+    return Examples(torch.randn(n, 1, 4, 4, generator=g), torch.randint(3, (n,), generator=g), torch.arange(n))
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return make_net()
+
+
+@pytest.fixture
+def task() -> Task:
+    return classification()
+
+
+@pytest.fixture
+def split() -> Split:
+    return Split(make_data(8, 1), make_data(24, 2), make_data(12, 3), make_data(12, 4))

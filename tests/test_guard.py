@@ -1,0 +1,179 @@
+"""Outcomes, budgets, validation and checkpoints of guarded runs."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import copied, same, small, state
+
+from expunge.errors import ScopeError, SplitError
+from expunge.guard import Guard
+from expunge.run import unlearn
+
+RUN = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from worlds import small
+from expunge.run import unlearn
+model, task, split = small("classification")
+a = unlearn("salun", model, task, split, seed=2, epochs={epochs}, batch_size=4, folder={folder!r}, checkpoint_every=3)
+print(a.patch.digest)
+"""
+
+
+def test_diverged_rolls_back():
+    model, task, split = small("classification")
+    before = state(model)
+    attempt = unlearn("gradient_ascent", model, task, split, lr=1e30, bound=0.0, epochs=20)
+    assert attempt.outcome == "diverged"
+    assert attempt.patch is None
+    assert "lower lr" in attempt.reason
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"lr": 1e-30}])
+def test_no_op_is_named(settings):
+    model, task, split = small("classification")
+    attempt = unlearn("gradient_ascent", model, task, split, **settings)
+    assert (attempt.outcome, attempt.patch) == ("no_op", None)
+    assert "bit-identical" in attempt.reason
+
+
+def test_saturated_bound_reaches_no_weight():
+    model, task, split = small("classification")
+    attempt = unlearn("gradient_ascent", model, task, split, bound=1e-6)
+    assert attempt.outcome == "no_op"
+
+
+def test_budget_stops_and_is_ok():
+    model, task, split = small("classification")
+    attempt = unlearn("salun", model, task, split, epochs=5, guard=Guard(max_steps=4))
+    assert (attempt.outcome, attempt.meter.steps) == ("ok", 4)
+    assert "budget" in attempt.reason
+
+
+def test_best_on_validation_is_kept():
+    """A score that prefers the first evaluation gives the patch of exactly that many steps."""
+    model, task, split = small("classification")
+    calls = []
+
+    def falling(_) -> float:
+        calls.append(1)
+        return -float(len(calls))
+
+    kept = unlearn("gradient_ascent", model, task, split, epochs=3, batch_size=4, guard=Guard(validate=falling, every=2))
+    short = unlearn("gradient_ascent", model, task, split, epochs=3, batch_size=4, guard=Guard(max_steps=2))
+    assert kept.patch.digest == short.patch.digest
+
+
+def test_patience_stops():
+    model, task, split = small("classification")
+    attempt = unlearn("salun", model, task, split, epochs=9, batch_size=4, guard=Guard(validate=lambda _: 0.0, every=1, patience=2))
+    assert attempt.meter.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"test": s.forget}, "also stand in test"),
+        (lambda s: {"forget": s.forget.take([])}, "forget is empty"),
+        (lambda s: {"retain": s.retain.take([])}, "retain is empty"),
+        (lambda s: {"forget": replace(s.forget, y=s.forget.y + 10)}, "labels must be integers in 0..9"),
+        (lambda s: {"forget": replace(s.forget, x=s.forget.x * torch.nan)}, "not finite"),
+        (lambda s: {"forget": replace(s.forget, x=s.forget.x.repeat(1, 3, 1, 1))}, "cannot take"),
+    ],
+)
+def test_bad_splits_change_nothing(change, words):
+    model, task, split = small("classification")
+    before = state(model)
+    with pytest.raises(SplitError, match=words):
+        unlearn("salun", model, task, replace(split, **change(split)))
+    assert same(before, state(model))
+
+
+def test_frozen_model_is_refused():
+    model, task, split = small("classification")
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ScopeError, match="no trainable weight"):
+        unlearn("salun", model, task, split)
+
+
+def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch):
+    from expunge.journal import Journal
+
+    model, task, split = small("classification")
+    whole = unlearn("salun", model, task, split, epochs=2, batch_size=4)
+    close = Journal.close
+
+    def stop(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "close", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn("salun", model, task, split, epochs=2, batch_size=4, folder=tmp_path, checkpoint_every=7)
+    monkeypatch.setattr(Journal, "close", close)
+    files = sorted(tmp_path.glob("step-*"))
+    assert len(files) == 2
+    files[-1].write_bytes(files[-1].read_bytes()[:-50])
+    with pytest.warns(UserWarning, match="damaged and was skipped"):
+        again = unlearn("salun", model, task, split, epochs=2, batch_size=4, folder=tmp_path, checkpoint_every=7)
+    assert again.patch.digest == whole.patch.digest
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_another_runs_folder_is_refused(tmp_path, monkeypatch):
+    from expunge.journal import Journal
+
+    model, task, split = small("classification")
+    with monkeypatch.context() as m:
+        m.setattr(Journal, "clear", lambda self: None)
+        unlearn("salun", model, task, split, epochs=1, folder=tmp_path)
+    attempt = unlearn("salun", copied(model), task, split, epochs=2, folder=tmp_path)
+    assert attempt.outcome == "refused"
+    assert "another run" in attempt.reason
+
+
+def kills(folder: Path, times: int, epochs: int = 12) -> None:
+    """SIGKILL a run at random moments, `times` times, each followed by a resume; every result equals the uninterrupted one."""
+    rng = random.Random(0)
+
+    def start(where: Path, e: int = epochs) -> subprocess.Popen:
+        code = RUN.format(tests=str(Path(__file__).parent), folder=str(where), epochs=e)
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    whole = start(folder / "whole").communicate()[0].strip()
+    control = start(folder / "control", epochs + 1).communicate()[0].strip()
+    assert whole != control and len(whole) == 64
+    killed = 0
+    for k in range(times):
+        where = folder / str(k)
+        child = start(where)
+        deadline = time.time() + 60
+        while not list(where.glob("step-*")) and child.poll() is None and time.time() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.6)
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+            killed += 1
+        child.communicate()
+        assert start(where).communicate()[0].strip() == whole
+    assert killed >= times // 2
+
+
+def test_sigkill_and_resume(tmp_path):
+    kills(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_sigkill_twenty_times(tmp_path):
+    kills(tmp_path, 20)

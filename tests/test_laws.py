@@ -1,0 +1,176 @@
+"""The laws: what every method must keep on every task it names. No method has a test of its own here."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from worlds import copied, same, small, state, toy
+
+from expunge.audits.core import score
+from expunge.errors import ExpungeError, PatchError, SettingError, SplitError
+from expunge.guard import Guard
+from expunge.patch import Patch
+from expunge.registry import ASSURANCES, METHODS
+from expunge.run import unlearn
+
+CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for task in METHODS[name].tasks]
+QUICK = {"epochs": 1}
+
+
+def quick(name: str) -> dict:
+    """Settings that make a run short, of those the method has."""
+    return {k: type(METHODS[name].defaults[k])(v) for k, v in QUICK.items() if k in METHODS[name].defaults}
+
+
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_laws_1_2_3_4_5_6(name, task_name, tmp_path):
+    """Model and RNG untouched; same seed, same patch; apply and inverse restore every bit; applying twice refused; disk round trip."""
+    model, task, split = small(task_name)
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    before, rng = state(model), torch.get_rng_state()
+    patch = METHODS[name](model, task, split, seed=3, **quick(name))
+    assert same(before, state(model))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert METHODS[name](model, task, split, seed=3, **quick(name)).digest == patch.digest
+    assert patch.edits, "nothing moved"
+    twin = copied(model)
+    inverse = patch.apply(twin)
+    edited = {e.name for e in patch.edits}
+    for (n, t), (_, u) in zip({**dict(twin.named_parameters()), **dict(twin.named_buffers())}.items(), before["tensors"].items(), strict=True):
+        assert n in edited or torch.equal(t, u)
+    with pytest.raises(PatchError, match="applied already"):
+        patch.apply(twin)
+    inverse.apply(twin)
+    assert same(before, state(twin)) or all(torch.equal(t, before["tensors"][n]) for n, t in state(twin)["tensors"].items())
+    path = patch.save(tmp_path / "p.safetensors", b"key")
+    assert Patch.load(path, b"key").digest == patch.digest
+    with pytest.raises(PatchError, match="not signed"):
+        Patch.load(path, b"other")
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(PatchError):
+        Patch.load(path)
+
+
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_law_7_messages(name, task_name):
+    """Unknown settings, wrong types and missing parts give the prescribed messages."""
+    model, task, split = small(task_name)
+    record = METHODS[name]
+    first = next(iter(record.defaults))
+    with pytest.raises(SettingError, match=f"{name} has no setting '{first}x'; did you mean '{first}'"):
+        unlearn(name, model, task, split, **{first + "x": 1})
+    with pytest.raises(SettingError, match=f"{name}'s {first} must be"):
+        unlearn(name, model, task, split, **{first: [1]})
+    for part in record.needs:
+        lacking = replace(split, **{part: None}) if part != "forget" else replace(split, forget=split.forget.take([]))
+        with pytest.raises(SplitError, match=part):
+            unlearn(name, model, task, lacking)
+
+
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_law_8_forgets_more_than_it_harms(name, task_name):
+    """With its toy settings on the toy world: the forget loss rises by more than the retain loss."""
+    model, task, split = toy(task_name)
+    attempt = unlearn(name, model, task, split, **METHODS[name].toy)
+    assert attempt.outcome == "ok", attempt.reason
+    twin = copied(model)
+    attempt.patch.apply(twin)
+    rise = {}
+    for part in ("forget", "retain"):
+        a, b = score(model, task, getattr(split, part)), score(twin, task, getattr(split, part))
+        rise[part] = float((b.nll - a.nll).mean()) if task_name == "regression" else float(a.correct.float().mean() - b.correct.float().mean())
+    assert rise["forget"] > max(rise["retain"], 0) + 0.02
+
+
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_law_9_smallest_sets(name, task_name):
+    """A one-example forget set runs or says why not; an empty retain set is refused in one line."""
+    model, task, split = small(task_name)
+    one = replace(split, forget=split.forget.take([0]))
+    attempt = unlearn(name, model, task, one, **quick(name))
+    assert attempt.outcome in ("ok", "refused", "no_op"), attempt.reason
+    with pytest.raises(SplitError, match="retain is empty"):
+        unlearn(name, model, task, replace(split, retain=split.retain.take([])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_law_10_float_types(name, task_name, dtype):
+    """float64 and bfloat16 models run, and the patch keeps the type."""
+    model, task, split = small(task_name)
+    model = model.to(dtype)
+    attempt = unlearn(name, model, task, split, **quick(name))
+    assert attempt.outcome in ("ok", "no_op"), attempt.reason
+    if attempt.patch is not None:
+        types = {n: p.dtype for n, p in model.named_parameters()}
+        assert all(e.values.dtype == types[e.name] for e in attempt.patch.edits if e.name in types)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_law_11_manual(name):
+    """The file is named after the method; the manual lists exactly the settings of the signature; declarations are known words."""
+    record = METHODS[name]
+    assert inspect.getmodule(record.function).__name__.endswith(f".{name}")
+    section = re.search(r"^Settings\n((?:    .*\n?|\n)+)", record.manual, re.M)
+    assert section, "no Settings section"
+    listed = re.findall(r"^    (\w+)  +\S", section.group(1), re.M)
+    assert listed == list(record.defaults)
+    for heading in ("Paper", "Forgets", "Scope", "Differs", "Check"):
+        assert re.search(rf"^{heading}\b", record.manual, re.M), heading
+    assert record.assurance in ASSURANCES
+    assert "seed" in inspect.signature(record.function).parameters
+
+
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_law_12_cost(name, task_name):
+    """Examples forward and backward are what the method declares."""
+    model, task, split = small(task_name)
+    watch = Guard()
+    attempt = unlearn(name, model, task, split, guard=watch, **quick(name))
+    assert attempt.outcome == "ok", attempt.reason
+    forward, backward = METHODS[name].expected(split, attempt.settings)
+    assert watch.meter.forward <= 1.1 * forward + 64
+    assert watch.meter.backward <= 1.1 * backward + 64
+    if not watch.stopped:
+        assert watch.meter.forward + watch.meter.backward >= 0.5 * (forward + backward) - 128
+
+
+@pytest.mark.parametrize(("name", "task_name"), CASES)
+def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
+    """A run stopped at a checkpoint and called again gives the same patch, bit for bit; other epochs give another (the control)."""
+    from expunge import journal
+
+    model, task, split = small(task_name)
+    whole = unlearn(name, model, task, split, seed=5, **quick(name))
+    step = journal.Journal.step
+    seen = []
+
+    def killed(self, session, stepper, losses, watch, done):
+        step(self, session, stepper, losses, watch, done)
+        seen.append(done)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "step", killed)
+    try:
+        unlearn(name, model, task, split, seed=5, folder=tmp_path, checkpoint_every=1, **quick(name))
+    except KeyboardInterrupt:
+        monkeypatch.setattr(journal.Journal, "step", step)
+        again = unlearn(name, model, task, split, seed=5, folder=tmp_path, checkpoint_every=1, **quick(name))
+        assert again.patch.digest == whole.patch.digest
+        assert (again.meter.steps, again.meter.backward) == (whole.meter.steps, whole.meter.backward)
+    if "epochs" in METHODS[name].defaults:
+        more = unlearn(name, model, task, split, seed=5, **{"epochs": type(METHODS[name].defaults["epochs"])(2)})
+        assert more.patch is None or more.patch.digest != whole.patch.digest
+
+
+def test_unknown_method_suggests_the_nearest():
+    model, task, split = small("classification")
+    with pytest.raises(ExpungeError, match="did you mean 'salun'"):
+        unlearn("saulun", model, task, split)

@@ -1,0 +1,91 @@
+"""Small worlds for tests: trained once per test process, in seconds. Imported as `from worlds import ...`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from expunge.bench.worlds import world
+from expunge.types import Examples, Split, Task
+
+
+@functools.lru_cache
+def digits(scenario: str = "class") -> tuple[nn.Module, Task, Split]:
+    """A small CNN that memorised 1,000 digits; tests copy or leave it unchanged."""
+    w = world("digits")
+    return original(w.name), w.task, w.split(scenario)
+
+
+@functools.lru_cache
+def original(name: str) -> nn.Module:
+    return world(name).original(0)
+
+
+@functools.lru_cache
+def retrained(name: str, scenario: str, seed: int) -> nn.Module:
+    return world(name).retrained(scenario, seed)
+
+
+@functools.lru_cache
+def diabetes() -> tuple[nn.Module, Task, Split]:
+    """An MLP on scikit-learn's diabetes data; the lowest fifth of targets must go."""
+    w = world("diabetes")
+    return original(w.name), w.task, w.split("class")
+
+
+def toy(task_name: str) -> tuple[nn.Module, Task, Split]:
+    """The world of a task: `classification` or `regression`."""
+    return digits() if task_name == "classification" else diabetes()
+
+
+def small(task_name: str) -> tuple[nn.Module, Task, Split]:
+    """An untrained network with batch norm and dropout and 64 + 16 + 32 + 32 records: laws that need no memory run here in milliseconds."""
+    _, task, split = toy(task_name)
+    torch_rng = torch.get_rng_state()
+    torch.manual_seed(1)
+    if task_name == "classification":
+        model: nn.Module = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2),
+            nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10),
+        )  # fmt: skip
+    else:
+        model = nn.Sequential(nn.Linear(10, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    torch.set_rng_state(torch_rng)
+    parts = {"forget": 16, "retain": 64, "test": 32, "validation": 32}
+    cut = {name: getattr(split, name).take(range(n)) for name, n in parts.items()}
+    return model.eval(), task, replace(split, **cut)
+
+
+def state(model: nn.Module) -> dict:
+    """All that a method must leave alone."""
+    return {
+        "tensors": {n: t.detach().clone() for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()},
+        "flags": [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": [len(m._forward_hooks) for m in model.modules()],
+    }
+
+
+def same(a: dict, b: dict) -> bool:
+    """Bitwise equality of two `state` records."""
+    if a["modes"] != b["modes"] or a["hooks"] != b["hooks"]:
+        return False
+    for (ra, ga), (rb, gb) in zip(a["flags"], b["flags"], strict=True):
+        if ra != rb or (ga is None) != (gb is None) or (ga is not None and not torch.equal(ga, gb)):
+            return False
+    return all(torch.equal(t, b["tensors"][n]) for n, t in a["tensors"].items())
+
+
+def copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def accuracy(model: nn.Module, data: Examples) -> float:
+    from expunge.audits.core import score
+    from expunge.tasks.classification import classification
+
+    return float(score(model, classification(), data).correct.float().mean())
