@@ -103,7 +103,8 @@ def main() -> None:
     batches = classification().batches(data, 128, seed=0)
     parts["ours"] = clocked(lambda: list(batches))
     whole = {"usual": clocked(lambda: usual(copy.deepcopy(model), masks, images, labels, n // 10)), "ours": clocked(lambda: ours(model, masks, data, n // 10))}
-    print(f"ResNet-20, {n:,} images of 32x32, batch 128, one thread\n\n| form | epoch, CPU s | times faster | reading and augmenting, CPU s | times faster |\n|---|---|---|---|---|")
+    print(f"ResNet-20, {n:,} images of 32x32, batch 128, one thread\n")
+    print("| form | epoch, CPU s | times faster | reading and augmenting, CPU s | times faster |\n|---|---|---|---|---|")
     for form, name in (("usual", "DataLoader, PIL per image, masked gradients"), ("ours", "alternate, tensors, wall on raw bits")):
         print(f"| {name} | {whole[form]:.2f} | {whole['usual'] / whole[form]:.2f} | {parts[form]:.3f} | {parts['usual'] / parts[form]:.1f} |")
 

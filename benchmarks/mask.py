@@ -66,11 +66,16 @@ def main() -> None:
         print(json.dumps(measure(args.form, n, repeats)))
         return
     quick = ["--quick"] if args.quick else []
-    found = {form: json.loads(subprocess.run([sys.executable, __file__, "--form", form, *quick], capture_output=True, text=True, check=True).stdout) for form in FORMS}
+    found = {
+        form: json.loads(subprocess.run([sys.executable, __file__, "--form", form, *quick], capture_output=True, text=True, check=True).stdout)
+        for form in FORMS
+    }
     base = found["double argsort"]
-    print(f"Top half of {n:,} weights, one thread\n\n| form | CPU s | times faster | extra MiB | share of memory | kept |\n|---|---|---|---|---|---|")
+    print(f"Top half of {n:,} weights, one thread\n")
+    print("| form | CPU s | times faster | extra MiB | share of memory | kept |\n|---|---|---|---|---|---|")
     for form, row in found.items():
-        print(f"| {form} | {row['seconds']:.3f} | {base['seconds'] / row['seconds']:.1f} | {row['extra']:.0f} | {row['extra'] / max(1, base['extra']):.2f} | {row['kept']:,} |")
+        faster, share = base["seconds"] / row["seconds"], row["extra"] / max(1, base["extra"])
+        print(f"| {form} | {row['seconds']:.3f} | {faster:.1f} | {row['extra']:.0f} | {share:.2f} | {row['kept']:,} |")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def main() -> None:
     model = nn.Linear(side, side, bias=False)
     original = model.weight.detach().clone()
     weights = 4 * side * side / 1e6
-    print(f"{side * side:,} float32 weights ({weights:.0f} MB), one thread\n\n| patch | file MB | step | CPU s | wall s | MB of weights per CPU second |\n|---|---|---|---|---|---|")
+    print(f"{side * side:,} float32 weights ({weights:.0f} MB), one thread\n")
+    print("| patch | file MB | step | CPU s | wall s | MB of weights per CPU second |\n|---|---|---|---|---|---|")
     for name, density in (("all", 1.0), ("half", 0.5), ("1 in 200", 0.005)):
         mask = None if density == 1 else torch.rand(side, side, generator=g) < density
         values = torch.randn(side, side, generator=g)

@@ -62,7 +62,8 @@ def main() -> None:
     found["SGD step + torch.where"] = timed(where, repeats)
     plain = found["SGD step alone"]
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} float32 weights, half of them frozen, one thread\n\n| step | CPU ms | of a plain step | the wall itself, of a plain step |\n|---|---|---|---|")
+    print(f"{count:,} float32 weights, half of them frozen, one thread\n")
+    print("| step | CPU ms | of a plain step | the wall itself, of a plain step |\n|---|---|---|---|")
     for name, seconds in found.items():
         print(f"| {name} | {1e3 * seconds:.1f} | {seconds / plain:.2f} | {(seconds - plain) / plain:.2f} |")
 

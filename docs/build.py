@@ -1,7 +1,7 @@
 """Writes the pages that follow from the code: docs/methods/*.md, docs/checks.md, docs/cli.md and the method table of README.md.
 
-    python docs/build.py            write what is stale
-    python docs/build.py --check    write nothing; exit 1 and name the stale files
+python docs/build.py            write what is stale
+python docs/build.py --check    write nothing; exit 1 and name the stale files
 """
 
 from __future__ import annotations
@@ -57,15 +57,20 @@ def method_page(method: Method) -> str:
     """The manual as it stands in the module, and the settings with the defaults of the signature."""
     said = explained(method.manual)
     rows = [f"| `{n}` | {type(d).__name__} | `{d}` | {cell(said.get(n, ''))} |" for n, d in method.defaults.items()]
-    facts = f"Paper: {method.paper}. Tasks: {', '.join(method.tasks)}. Needs: {', '.join(method.needs)}. Forgets: {', '.join(method.forgets)}. Assurance: {method.assurance}."
+    said_of = {"Paper": (method.paper,), "Tasks": method.tasks, "Needs": method.needs, "Forgets": method.forgets, "Assurance": (method.assurance,)}
+    facts = " ".join(f"{what}: {', '.join(values)}." for what, values in said_of.items())
     table = "\n".join(["| setting | type | default | meaning |", "|---|---|---|---|", *rows])
     toy = ", ".join(f"{k}={v}" for k, v in method.toy.items()) or "the defaults"
-    return f"# {method.name}\n\n{NOTE}{summary(method.manual)}\n\n{facts}\n\n## Settings\n\n{table}\n\nThe tests run it on small worlds with {toy}.\n\n## Manual\n\n```text\n{method.manual}\n```\n"
+    head = f"# {method.name}\n\n{NOTE}{summary(method.manual)}\n\n{facts}\n"
+    return f"{head}\n## Settings\n\n{table}\n\nThe tests run it on small worlds with {toy}.\n\n## Manual\n\n```text\n{method.manual}\n```\n"
 
 
 def method_table(folder: str) -> str:
     """One row per method; links are relative to `folder`."""
-    rows = [f"| [{m.name}]({folder}{m.name}.md) | {cell(summary(m.manual))} | {', '.join(m.tasks)} | {', '.join(m.needs)} | {m.assurance} |" for m in METHODS.values()]
+    rows = [
+        f"| [{m.name}]({folder}{m.name}.md) | {cell(summary(m.manual))} | {', '.join(m.tasks)} | {', '.join(m.needs)} | {m.assurance} |"
+        for m in METHODS.values()
+    ]
     return "\n".join(["| method | what it does | tasks | needs | assurance |", "|---|---|---|---|---|", *rows])
 
 

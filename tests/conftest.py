@@ -10,7 +10,9 @@ from torch import nn
 from expunge.tasks.classification import classification
 from expunge.types import Examples, Split, Task
 
-settings.register_profile("expunge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "expunge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("expunge")
 torch.set_num_threads(1)
 

@@ -51,11 +51,15 @@ def test_headings_are_found_as_words_of_their_own():
 
 
 def test_settings_are_read_with_their_continuations():
-    assert build.explained("X.\nSettings\n    lr      step size\n    order   one: a\n            or two\nDiffers  lr  is else\n    b   c\n") == {"lr": "step size", "order": "one: a or two"}
+    assert build.explained("X.\nSettings\n    lr      step size\n    order   one: a\n            or two\nDiffers  lr  is else\n    b   c\n") == {
+        "lr": "step size",
+        "order": "one: a or two",
+    }
 
 
 def test_commands_are_read_from_boxed_and_plain_help():
-    boxed = "╭─ Options ─────╮\n│ --help  Show  │\n╰───────────────╯\n╭─ Commands ────╮\n│ demo   Runs.  │\n│ bench  Table. │\n│        more   │\n╰───────────────╯\n"
+    boxed = "╭─ Options ─────╮\n│ --help  Show  │\n╰───────────────╯\n"
+    boxed += "╭─ Commands ────╮\n│ demo   Runs.  │\n│ bench  Table. │\n│        more   │\n╰───────────────╯\n"
     assert build.commands(boxed) == ["demo", "bench"]
     assert build.commands("Usage: x\n\nOptions:\n  --help  Show.\n\nCommands:\n  demo   Runs.\n  bench  Table.\n") == ["demo", "bench"]
 

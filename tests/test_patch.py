@@ -214,7 +214,10 @@ def test_applied_twice_or_to_another_model_is_refused():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(nn.Linear(2, 2), "patch edits w, which this model does not have"), (Holder(torch.float16), r"patch holds w as \(6, 4\) torch.float32, this model has \(6, 4\) torch.float16")],
+    [
+        (nn.Linear(2, 2), "patch edits w, which this model does not have"),
+        (Holder(torch.float16), r"patch holds w as \(6, 4\) torch.float32, this model has \(6, 4\) torch.float16"),
+    ],
 )
 def test_models_that_do_not_fit(model, message):
     before = raw(model)
@@ -265,7 +268,9 @@ def test_real_write_beyond_the_file_size_limit(tmp_path):
         "except PatchError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True
+    )
     assert "cannot write p: File too large; nothing was left half-written" in done.stdout
     assert [f.name for f in tmp_path.iterdir()] == ["p"] and path.read_bytes() == b"old"
 

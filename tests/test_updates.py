@@ -58,7 +58,9 @@ def test_momentum_and_decay_have_the_known_answer():
     assert float(w.detach()) == pytest.approx(x)
 
 
-@pytest.mark.parametrize(("name", "points"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.25]), ("cosine", [1, 0.5, 0.14644661]), ("onecycle", [0, 0.69134172, 0.22221488])])
+@pytest.mark.parametrize(
+    ("name", "points"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.25]), ("cosine", [1, 0.5, 0.14644661]), ("onecycle", [0, 0.69134172, 0.22221488])]
+)
 def test_schedules_have_known_points(name, points):
     assert [SCHEDULES[name](t) for t in (0, 0.5, 0.75)] == pytest.approx(points)
 
@@ -96,7 +98,14 @@ def test_after_is_called_once_a_step_is_taken():
     assert seen == [(0, 0.5), (1, 0.25), (2, 0.125)]
 
 
-@pytest.mark.parametrize(("value", "message"), [(math.nan, "loss is nan at step 1"), (math.inf, "loss is inf at step 1"), (1e6, r"loss is 1e\+06 at step 1, beyond the limit 10000; lower lr \(now 0.5\) or set clip")])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, "loss is nan at step 1"),
+        (math.inf, "loss is inf at step 1"),
+        (1e6, r"loss is 1e\+06 at step 1, beyond the limit 10000; lower lr \(now 0.5\) or set clip"),
+    ],
+)
 def test_bad_loss_is_refused_before_the_step(value, message):
     session, w = point(1.0)
     with pytest.raises(Diverged, match=message):
@@ -106,13 +115,20 @@ def test_bad_loss_is_refused_before_the_step(value, message):
 
 def test_diverged_run_rolls_back():
     model = Point(1.0)
-    with pytest.raises(Diverged):
-        with edit(model, Scope({"w": None})) as e:
-            descend(e, lambda _: -(model.w**2).sum(), range(100), lr=1.0)
+    with pytest.raises(Diverged), edit(model, Scope({"w": None})) as e:
+        descend(e, lambda _: -(model.w**2).sum(), range(100), lr=1.0)
     assert model.w.tolist() == [1.0]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"lr": -1.0}, "lr must be 0 or larger"), ({"lr": math.nan}, "lr must be"), ({"lr": 1, "schedule": "x"}, "schedule must be one of"), ({"lr": 1, "optimizer": "x"}, "optimizer must be one of sgd")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be 0 or larger"),
+        ({"lr": math.nan}, "lr must be"),
+        ({"lr": 1, "schedule": "x"}, "schedule must be one of"),
+        ({"lr": 1, "optimizer": "x"}, "optimizer must be one of sgd"),
+    ],
+)
 def test_bad_options(options, message):
     session, w = point(1.0)
     with pytest.raises(SettingError, match=message):
@@ -218,7 +234,9 @@ def slow_crop_flip(x: torch.Tensor, padding: int, generator: torch.Generator) ->
     return torch.stack(out)
 
 
-@given(b=st.integers(1, 9), c=st.integers(1, 4), h=st.integers(1, 9), w=st.integers(1, 9), padding=st.integers(0, 5), seed=st.integers(0, 99), last=st.booleans())
+@given(
+    b=st.integers(1, 9), c=st.integers(1, 4), h=st.integers(1, 9), w=st.integers(1, 9), padding=st.integers(0, 5), seed=st.integers(0, 99), last=st.booleans()
+)
 def test_crop_flip_equals_the_loop(b, c, h, w, padding, seed, last):
     x = torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(seed))
     x = x.contiguous(memory_format=torch.channels_last) if last else x

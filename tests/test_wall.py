@@ -110,9 +110,8 @@ def test_direct_writes_outside_the_mask_are_undone(net):
     mask = torch.zeros_like(net[4].weight, dtype=torch.bool)
     mask[0, 0] = True
     before = raw(net)
-    with edit(net, Scope({"4.weight": mask})) as e:
-        with torch.no_grad():
-            net[4].weight.fill_(2.0)
+    with edit(net, Scope({"4.weight": mask})) as e, torch.no_grad():
+        net[4].weight.fill_(2.0)
     (change,) = e.patch.edits
     assert change.name == "4.weight" and torch.equal(change.mask, mask) and change.values.tolist() == [2.0]
     assert same(raw(net), before)
@@ -196,10 +195,8 @@ def test_outside_nothing_happened(net, fault, buffers):
 def test_diverged_weights_are_rolled_back(net):
     awkward(net)
     before = outside(net)
-    with pytest.raises(Diverged, match="0.weight holds values that are not finite"):
-        with edit(net, everything(net)) as e:
-            with torch.no_grad():
-                e.params["0.weight"].view(-1)[3] = torch.inf
+    with pytest.raises(Diverged, match=r"0\.weight holds values that are not finite"), edit(net, everything(net)) as e, torch.no_grad():
+        e.params["0.weight"].view(-1)[3] = torch.inf
     check_outside(before, outside(net))
     assert len(e.patch) == 0
 
@@ -274,7 +271,6 @@ def test_recompute_leaves_weights_and_modes(net):
 )
 def test_scopes_that_cannot_be_opened(net, scope, message):
     before = outside(net)
-    with pytest.raises(ScopeError, match=message):
-        with edit(net, scope):
-            pass
+    with pytest.raises(ScopeError, match=message), edit(net, scope):
+        pass
     check_outside(before, outside(net))

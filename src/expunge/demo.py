@@ -34,8 +34,16 @@ def demo(folder: Path | str = "expunge-demo", *, seeds: int = 3, progress: Calla
             model = w.original(seed, cache, progress)
             verdicts.append(
                 plan.forget(
-                    model, w.task, split, references=references, methods=METHODS, seed=seed, retrain_passes=retrain_passes(w, scenario),
-                    scales=(1.0,), stop=False, progress=progress,
+                    model,
+                    w.task,
+                    split,
+                    references=references,
+                    methods=METHODS,
+                    seed=seed,
+                    retrain_passes=retrain_passes(w, scenario),
+                    scales=(1.0,),
+                    stop=False,
+                    progress=progress,
                 )  # fmt: skip
             )
         first = verdicts[0]
@@ -46,7 +54,9 @@ def demo(folder: Path | str = "expunge-demo", *, seeds: int = 3, progress: Calla
             path = first.chosen.attempt.patch.save(here / "patch.safetensors")
             document["chosen"]["patch"] = path.name
             reverted[scenario] = _round_trip(first.probe.before, path)
-            document["notes"].append(f"The saved patch was loaded, applied and reverted: the reverted model is {'bit-identical' if reverted[scenario] else 'NOT identical'}.")
+            document["notes"].append(
+                f"The saved patch was loaded, applied and reverted: the reverted model is {'bit-identical' if reverted[scenario] else 'NOT identical'}."
+            )
         document["gates"] = {f"seed {s}": asdict_verdict(v) for s, v in enumerate(verdicts)}
         html.write(document, here / "report.html")
         table.write(document, here / "report.json")

@@ -1,16 +1,16 @@
 """The exception tree.
 
-    ValueError
-    └── ExpungeError        every error that a user can mend: one line, says what was asked, what was found, what to do
-        ├── SplitError      forget, retain, test or validation missing, empty, overlapping, or with labels out of range
-        ├── ScopeError      no weight in scope, a name that does not exist, a frozen weight that was written to
-        ├── SettingError    a method, check, rule or setting that does not exist or has a value out of range
-        ├── DataError       a data file, folder or column that cannot be read as what it should be
-        ├── ModelError      a model or weight file that cannot be loaded, or cannot be given fresh weights
-        ├── PatchError      a patch that is damaged, signed by another key, or made for another model
-        ├── RecipeError     a recipe file with an unknown key or a value of the wrong type
-        ├── GateError       a gate rule that cannot be read
-        └── Diverged        weights or loss left their bounds; everything was rolled back
+ValueError
+└── ExpungeError        every error that a user can mend: one line, says what was asked, what was found, what to do
+    ├── SplitError      forget, retain, test or validation missing, empty, overlapping, or with labels out of range
+    ├── ScopeError      no weight in scope, a name that does not exist, a frozen weight that was written to
+    ├── SettingError    a method, check, rule or setting that does not exist or has a value out of range
+    ├── DataError       a data file, folder or column that cannot be read as what it should be
+    ├── ModelError      a model or weight file that cannot be loaded, or cannot be given fresh weights
+    ├── PatchError      a patch that is damaged, signed by another key, or made for another model
+    ├── RecipeError     a recipe file with an unknown key or a value of the wrong type
+    ├── GateError       a gate rule that cannot be read
+    └── Diverged        weights or loss left their bounds; everything was rolled back
 """
 
 from __future__ import annotations

@@ -139,7 +139,11 @@ class Guard:
         if self.validate and self.meter.steps % self.every == 0:
             self.evaluate(session)
         spent = time.perf_counter() - self.started
-        for over, why in ((spent > self.max_seconds, "seconds"), (self.meter.passes > self.max_passes, "passes"), (self.meter.steps >= self.max_steps, "steps")):
+        for over, why in (
+            (spent > self.max_seconds, "seconds"),
+            (self.meter.passes > self.max_passes, "passes"),
+            (self.meter.steps >= self.max_steps, "steps"),
+        ):
             if over and not self.stopped:
                 self.stopped = f"budget of {why} reached"
         return bool(self.stopped)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from expunge.errors import ExpungeError
-from expunge.patch import _file_digest, write
+from expunge.patch import file_digest, write
 
 if TYPE_CHECKING:
     from expunge.guard import Guard
@@ -85,7 +85,7 @@ class Journal:
         doc = {"identity": self.identity, "losses": losses, "meter": meter, "scores": watch.scores, "best": best, "stopped": watch.stopped, **facts}
         body = json.dumps(doc)
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        write(self.folder / f"{name}.safetensors", save(tensors, {"journal": body, "sha256": _file_digest(body, tensors)}))
+        write(self.folder / f"{name}.safetensors", save(tensors, {"journal": body, "sha256": file_digest(body, tensors)}))
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         from safetensors import SafetensorError, safe_open
@@ -96,7 +96,7 @@ class Journal:
             with safe_open(path, "pt") as f:
                 header = f.metadata() or {}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-            if _file_digest(header["journal"], tensors) != header["sha256"]:
+            if file_digest(header["journal"], tensors) != header["sha256"]:
                 raise SafetensorError("content does not match its checksum")
             doc = json.loads(header["journal"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:

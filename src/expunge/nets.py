@@ -6,7 +6,6 @@ Names of parameters follow the sources, so that public state dicts load: `resnet
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

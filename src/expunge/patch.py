@@ -124,7 +124,7 @@ class Patch:
             for part in (edit.up, edit.down) if isinstance(edit, LowRank) else (edit.values, edit.mask):
                 if part is not None:
                     h.update(f"{edit.name}{part.dtype}{tuple(part.shape)}".encode())
-                    h.update(_bytes(part))
+                    h.update(raw(part))
         return h.hexdigest()
 
     @property
@@ -139,7 +139,7 @@ class Patch:
         tensors: dict[str, Tensor] = {}
         listed = [_pack(edit, str(k), tensors) for k, edit in enumerate(self.edits)]
         body = json.dumps({"format": 1, "edits": listed, "meta": dict(self.meta)}, sort_keys=True)
-        digest = _file_digest(body, tensors)
+        digest = file_digest(body, tensors)
         header = {"expunge": body, "sha256": digest}
         if key is not None:
             header["hmac"] = hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()
@@ -164,7 +164,7 @@ class Patch:
         if "expunge" not in header or "sha256" not in header:
             raise PatchError(f"{path.name} is a safetensors file but no expunge patch")
         body = header["expunge"]
-        digest = _file_digest(body, tensors)
+        digest = file_digest(body, tensors)
         if not hmac.compare_digest(digest, header["sha256"]):
             raise PatchError(f"{path.name} was changed after it was written: its content does not match its checksum")
         if key is not None and not hmac.compare_digest(header.get("hmac", ""), hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()):
@@ -195,13 +195,13 @@ def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Pat
 def write(path: str | Path, data: bytes | str) -> Path:
     """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises PatchError when it cannot."""
     path = Path(path)
-    raw = data.encode() if isinstance(data, str) else data
+    content = data.encode() if isinstance(data, str) else data
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as f:
-            f.write(raw)
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
@@ -222,9 +222,9 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _bytes(t: Tensor) -> bytes:
-    t = t.detach().cpu().contiguous()
-    return (t.to(torch.uint8) if t.dtype is torch.bool else bits(t)).numpy().tobytes()
+def raw(t: Tensor) -> bytes:
+    """The tensor's bytes in logical order."""
+    return bits(t.detach().cpu().contiguous()).numpy().tobytes()
 
 
 def _digest(edits: tuple, tensors: Mapping[str, Tensor]) -> str:
@@ -234,7 +234,7 @@ def _digest(edits: tuple, tensors: Mapping[str, Tensor]) -> str:
         t = tensors[edit.name].detach()
         mask = None if isinstance(edit, LowRank) else edit.mask
         h.update(f"{edit.name}{t.dtype}{tuple(t.shape)}".encode())
-        h.update(_bytes(t if mask is None else t[mask.to(t.device)]))
+        h.update(raw(t if mask is None else t[mask.to(t.device)]))
     return h.hexdigest()
 
 
@@ -244,11 +244,11 @@ def _overlap(a: Replace | LowRank, b: Replace | LowRank) -> bool:
     return a.mask.shape != b.mask.shape or bool((a.mask & b.mask).any())
 
 
-def _file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
+def file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
     h = hashlib.sha256(body.encode())
     for name in sorted(tensors):
         h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
-        h.update(_bytes(tensors[name]))
+        h.update(raw(tensors[name]))
     return h.hexdigest()
 
 

@@ -201,7 +201,11 @@ def baselines(p: Probe) -> dict[str, list[Row]]:
 
 
 def _notes(p: Probe, trials: Iterable[Trial]) -> tuple[str, ...]:
-    notes = [f"{t.name}: unusable here (the model that must fail reads {t.original}, a retrained one {t.retrained or 'none at hand'})" for t in trials if not t.usable]
+    notes = [
+        f"{t.name}: unusable here (the model that must fail reads {t.original}, a retrained one {t.retrained or 'none at hand'})"
+        for t in trials
+        if not t.usable
+    ]
     if not p.references:
         notes.append("No retrained reference was at hand: nothing is claimed about closeness to a model that never saw the records.")
     return tuple(notes)
@@ -229,7 +233,9 @@ def forget(
     trials = tuple(selftest(p, rules))
     kind = "class" if p.removed() else "records"
     order = [o.method for o in plan(task, split, retrain_passes=retrain_passes) if o.feasible]
-    wanted = [m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))]
+    wanted = [
+        m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))
+    ]
     validate, tries, best = closeness(model, task, split), [], None
     for number, name in enumerate(wanted):
         fixed = dict((settings or {}).get(name, {}))
@@ -245,14 +251,24 @@ def forget(
         if good:
             top = max(good, key=lambda t: t.score if t.score is not None else 0.0)
             seen = _audit(p, top.attempt, patched(model, top.attempt), trials)
-            runs = [replace(seen, score=t.score) if t is top else replace(t, reasons=("not audited: another setting of the same method did better on validation",)) for t in runs]
+            runs = [
+                replace(seen, score=t.score) if t is top else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
+                for t in runs
+            ]
         tries += runs
         passing = [t for t in runs if t.passed]
         if passing and (best is None or passing[0].attempt.meter.passes < best.attempt.meter.passes):
             best = passing[0]
         if best and stop:
             break
-    reasons = [] if best else ([f"{t.attempt.method}: {'; '.join(t.reasons) or t.attempt.reason}" for t in tries if t.rows or t.attempt.outcome != "ok"] or ["no feasible method for this task and split"])
+    reasons = (
+        []
+        if best
+        else (
+            [f"{t.attempt.method}: {'; '.join(t.reasons) or t.attempt.reason}" for t in tries if t.rows or t.attempt.outcome != "ok"]
+            or ["no feasible method for this task and split"]
+        )
+    )
     return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p), _notes(p, trials))
 
 

@@ -1,9 +1,9 @@
 """Methods and checks, found by folder and by entry point; a method's signature is its configuration.
 
-    @method(paper="arXiv:...", tasks=("classification",), needs=("forget",), cost=..., toy={...})
-    def salun(model, task, split, *, keep: float = 0.5, ..., seed: int = 0) -> Patch: ...
+@method(paper="arXiv:...", tasks=("classification",), needs=("forget",), cost=..., toy={...})
+def salun(model, task, split, *, keep: float = 0.5, ..., seed: int = 0) -> Patch: ...
 
-    METHODS["salun"](model, task, split, keep=0.3) -> Patch
+METHODS["salun"](model, task, split, keep=0.3) -> Patch
 """
 
 from __future__ import annotations
@@ -156,7 +156,16 @@ METHODS: Registry = Registry("expunge.methods", "method")
 CHECKS: Registry = Registry("expunge.audits", "check")
 
 
-def method(*, paper: str, tasks: tuple[str, ...], needs: tuple[str, ...], cost: Callable, toy: Mapping[str, Any], forgets: tuple[str, ...] = ("records", "class"), assurance: str = "approximate") -> Callable:
+def method(
+    *,
+    paper: str,
+    tasks: tuple[str, ...],
+    needs: tuple[str, ...],
+    cost: Callable,
+    toy: Mapping[str, Any],
+    forgets: tuple[str, ...] = ("records", "class"),
+    assurance: str = "approximate",
+) -> Callable:
     """Register a method; the function's name is the method's name."""
 
     def wrap(function: Callable[..., Patch]) -> Method:

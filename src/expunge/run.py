@@ -1,9 +1,9 @@
 """One guarded run of one method: whatever happens, it ends in one outcome.
 
-    ok         weights moved, all finite; only this can be audited to a pass
-    no_op      weights bit-identical, or no gradient reached the scope, or no forget batch was seen
-    diverged   loss or weights left their bounds; rolled back
-    refused    the method found that it cannot work on this model or split
+ok         weights moved, all finite; only this can be audited to a pass
+no_op      weights bit-identical, or no gradient reached the scope, or no forget batch was seen
+diverged   loss or weights left their bounds; rolled back
+refused    the method found that it cannot work on this model or split
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from expunge.errors import Diverged, ExpungeError, ScopeError, SplitError
 from expunge.guard import Guard, Meter, quiet, watching
 from expunge.journal import Journal
-from expunge.patch import Patch, bits
+from expunge.patch import Patch, raw
 from expunge.registry import METHODS, Method
 from expunge.types import Examples, Split, Task
 
@@ -123,7 +123,6 @@ def model_digest(model: nn.Module) -> str:
     """SHA-256 over all parameters and buffers, names included."""
     h = hashlib.sha256()
     for name, t in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        raw = t.detach().cpu().contiguous()
-        h.update(f"{name}{raw.dtype}{tuple(raw.shape)}".encode())
-        h.update((raw.to(torch.uint8) if raw.dtype is torch.bool else bits(raw)).numpy().tobytes())
+        h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(raw(t))
     return h.hexdigest()

@@ -264,5 +264,3 @@ def device_of(model: nn.Module) -> torch.device:
 def float_of(model: nn.Module) -> torch.dtype:
     """Floating type of the model's first parameter; float32 for a model without."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-

@@ -35,7 +35,7 @@ def default_rules(p: Probe) -> dict[str, str]:
         return {**goes, "drop.test": "<= 0.15"}
     if p.removed():
         limit = _limit(p)
-        return {"accuracy.forget": f"<= {limit:.4g}", "accuracy.forget_test": f"<= {max(limit, 0.1):.4g}", "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+        return {"accuracy.forget": f"<= {limit:.6f}", "accuracy.forget_test": f"<= {max(limit, 0.1):.6f}", "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
     goes = {"gap_closed.klom": ">= 0.5", "membership.excess": "-0.12..0.12"} if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
     return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
 
@@ -44,7 +44,7 @@ def _limit(p: Probe) -> float:
     """Highest accuracy on the forget set that retrained models allow (largest upper bound of one), 0.05 without them."""
     probes = [replace(p, after=model, references=()) for model in p.references]
     highs = [row.high for q in probes for row in audit(q, ["accuracy"], slow=False) if row.name == "accuracy.forget"]
-    return max(highs, default=0.05) + 1e-9
+    return max(highs, default=0.05) + 1e-6
 
 
 def checks_for(rules: Mapping[str, str]) -> list[str]:
@@ -81,5 +81,3 @@ def judge(rows: Sequence[Row], trials: Sequence[Trial]) -> list[str]:
     if not any(not name.startswith(UTILITY) for name in usable):
         reasons.append("no usable check of forgetting: each failed its self-test on this model and data, so nothing can be certified")
     return reasons
-
-

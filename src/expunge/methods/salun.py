@@ -73,7 +73,9 @@ def salun(
     with edit(model, scope, stats=task.batches(split.retain, 256)) as e:
         e.train()
         if order == "joint":
-            pairs = Paired(task.batches(split.forget, batch_size, epochs=epochs, seed=seed), task.batches(split.retain, batch_size, epochs=epochs, seed=seed + 1))
+            pairs = Paired(
+                task.batches(split.forget, batch_size, epochs=epochs, seed=seed), task.batches(split.retain, batch_size, epochs=epochs, seed=seed + 1)
+            )
             descend(e, lambda pair: forget(pair[0]) + retain(pair[1]), pairs, after=_proximal(e, len(pairs)) if soft else None, **options)
         else:
             phases = []

@@ -74,4 +74,11 @@ def _point(t: Any) -> dict[str, Any] | None:
     utility = rows.get("accuracy.test", 1 - rows["drop.test"] if "drop.test" in rows else None)
     if forgetting is None or utility is None:
         return None
-    return {"method": t.attempt.method, "seed": t.attempt.seed, "forgetting": forgetting, "utility": utility, "cost": t.attempt.meter.passes, "passed": t.passed}
+    return {
+        "method": t.attempt.method,
+        "seed": t.attempt.seed,
+        "forgetting": forgetting,
+        "utility": utility,
+        "cost": t.attempt.meter.passes,
+        "passed": t.passed,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,17 +45,21 @@ def gradient_sum(model: nn.Module, task: Task, batches: Sequence, loss=lambda ou
 def top(scores: dict[str, Tensor], keep: float, buffers: str = "move") -> Scope:
     """Masks of the int(N * keep) highest scores over all tensors together; ties at the threshold go to the first in order.
 
-    One selection of the threshold (`kthvalue`), no sort: a tenth of the time of a double argsort, and no index tensors.
+    One selection of the threshold in one copy of the scores, no sort and no index tensors; benchmarks/mask.py has the figures.
 
     >>> top({"w": torch.tensor([3.0, 1.0, 2.0, 1.0])}, 0.5).masks["w"]
     tensor([ True, False,  True, False])
     """
-    flat = torch.cat([s.reshape(-1) for s in scores.values()])
-    n = int(flat.numel() * keep)
+    total = sum(s.numel() for s in scores.values())
+    n = int(total * keep)
     if n == 0:
-        raise SettingError(f"keep={keep} of {flat.numel()} weights keeps none; raise keep")
-    threshold = flat.kthvalue(flat.numel() - n + 1).values
-    spare = n - int((flat > threshold).sum())
+        raise SettingError(f"keep={keep} of {total} weights keeps none; raise keep")
+    wide = torch.float64 if any(s.dtype is torch.float64 for s in scores.values()) else torch.float32
+    flat = np.concatenate([s.detach().reshape(-1).to("cpu", wide).numpy() for s in scores.values()])
+    flat.partition(total - n)
+    threshold = flat[total - n].item()
+    del flat
+    spare = n - sum(int((s > threshold).sum()) for s in scores.values())
     masks: dict[str, Tensor | None] = {}
     for name, score in scores.items():
         mask = score > threshold

@@ -1,0 +1,160 @@
+"""Distance to retrained models: KLOM, KL, JS, the gap closed, and the summary scores of the literature.
+
+KLOM (Georgiev et al., "Attribute-to-Delete", 2024) is the mean over examples of the KL divergence between the margins of unlearned and of
+retrained models. With one candidate and K retrained models this uses the Gaussian form with equal variances, see `klom_distance`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from expunge.audits.core import Probe, Row
+from expunge.audits.membership import svc, svc_features
+from expunge.audits.stats import bootstrap
+from expunge.audits.utility import jensen_shannon
+from expunge.registry import check
+
+CLIP = 50.0
+PARTS = ("forget", "retain", "test")
+
+
+def klom_distance(margin: Tensor, references: Tensor) -> Tensor:
+    """(N,) min(CLIP, K / (K + 1) * (m - mean_k m_k)^2 / (2 s^2)) for margins m (N,) and m_k (K, N), K >= 2.
+
+    s^2 is the per-example variance over references, shrunk half way to its mean over examples; K / (K + 1) pays for the estimated mean, so
+    that a further retrained model reads 1/2 on average when the variance is known.
+
+    >>> klom_distance(torch.tensor([3.0]), torch.tensor([[0.0], [2.0]]))
+    tensor([0.6667])
+    """
+    k = len(references)
+    variance = references.var(0)
+    variance = ((variance + variance.mean()) / 2).clamp(min=1e-12)
+    return ((margin - references.mean(0)) ** 2 / (2 * variance) * k / (k + 1)).clamp(max=CLIP)
+
+
+def klom_floor(references: Tensor) -> Tensor:
+    """(N,) the same distance of each retrained model (K, N) to the others, averaged over them; K >= 3."""
+    k = len(references)
+    return torch.stack([klom_distance(references[i], references[[j for j in range(k) if j != i]]) for i in range(k)]).mean(0)
+
+
+@check(tasks=("classification", "regression"), needs=("forget",), reference=True)
+def klom(p: Probe) -> list[Row]:
+    """klom.<part>, klom_before.<part>, klom_floor.<part>, klom_ratio.<part> (candidate / floor), and gap_closed.klom on forget.
+
+    gap closed = (d(before) - d(after)) / (d(before) - floor): 0 for doing nothing, 1 for a retrained model. It is nan where doing nothing is
+    within 1.5 floors: such a model does not memorise, and nothing can be ranked on it. With two references the floor is taken as 2/3,
+    the mean a third retrained model has in simulation being unavailable; three or more are advised.
+    """
+    if len(p.references) < 2:
+        return []
+    rows = []
+    for part in (name for name in PARTS if name in p.split.parts()):
+        refs = torch.stack([p.scores(f"reference{k}", part).margin for k in range(len(p.references))])
+        after, before = (klom_distance(p.scores(w, part).margin, refs) for w in ("after", "before"))
+        floor = klom_floor(refs) if len(refs) >= 3 else _two_floor(refs)
+        n, note = len(after), f"{len(refs)} retrained models"
+        for name, values in (("klom", after), ("klom_before", before), ("klom_floor", floor)):
+            rows.append(Row(f"{name}.{part}", float(values.mean()), *_boot(values, p.seed), n, note))
+        ratio = lambda r, a=after, f=floor: float(a[r].mean() / f[r].mean().clamp(min=1e-12))  # noqa: E731
+        rows.append(Row(f"klom_ratio.{part}", ratio(torch.arange(n)), *bootstrap(ratio, n, p.seed), n, note))
+        if part == "forget":
+            rows.append(gap_closed("gap_closed.klom", before, after, floor, p.seed, note))
+    return rows
+
+
+def _two_floor(refs: Tensor) -> Tensor:
+    """(N,) what klom_distance of a third model would read if margins were Gaussian with the shrunk variance: its mean over examples."""
+    variance = refs.var(0)
+    shrunk = (variance + variance.mean()) / 2
+    return (variance / (2 * shrunk.clamp(min=1e-12))).clamp(max=CLIP)
+
+
+def gap_closed(name: str, before: Tensor, after: Tensor, floor: Tensor, seed: int, note: str) -> Row:
+    """(d(before) - d(after)) / (d(before) - floor) of the means over examples, with a bootstrap over examples."""
+    n = len(before)
+    if float(before.mean()) <= 1.5 * float(floor.mean()):
+        far = f"doing nothing ({float(before.mean()):.3g}) is within 1.5 floors ({float(floor.mean()):.3g}): this model does not memorise"
+        return Row(name, math.nan, -math.inf, math.inf, n, far)
+
+    def gap(r: Tensor) -> float:
+        return float((before[r].mean() - after[r].mean()) / (before[r].mean() - floor[r].mean()).clamp(min=1e-12))
+
+    return Row(name, gap(torch.arange(n)), *bootstrap(gap, n, seed), n, note)
+
+
+def _boot(values: Tensor, seed: int) -> tuple[float, float]:
+    return bootstrap(lambda r: float(values[r].mean()), len(values), seed)
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """(N,) KL(softmax(teacher) || softmax(student)) of logits (N, C), in nats."""
+    return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+
+
+@check(tasks=("classification",), needs=("forget",), reference=True)
+def divergence(p: Probe) -> list[Row]:
+    """kl.<part> and js.<part>: mean over references of KL(retrained || candidate) and JS; kl_floor, js_floor: between references; gap_closed.kl."""
+    rows = []
+    k = len(p.references)
+    for part in (name for name in PARTS if name in p.split.parts()):
+        refs = [p.scores(f"reference{j}", part).logits for j in range(k)]
+        pairs = [(a, b) for i, a in enumerate(refs) for j, b in enumerate(refs) if i != j]
+        for name, f in (("kl", kl_divergence), ("js", lambda a, b: jensen_shannon(a.softmax(-1), b.softmax(-1)))):
+            after, before = (torch.stack([f(r, p.scores(w, part).logits) for r in refs]).mean(0) for w in ("after", "before"))
+            rows.append(Row(f"{name}.{part}", float(after.mean()), *_boot(after, p.seed), len(after), f"{k} retrained models"))
+            if pairs:
+                floor = torch.stack([f(a, b) for a, b in pairs]).mean(0)
+                rows.append(Row(f"{name}_floor.{part}", float(floor.mean()), *_boot(floor, p.seed), len(floor), f"{len(pairs)} ordered pairs of retrained models"))
+                if (name, part) == ("kl", "forget"):
+                    rows.append(gap_closed("gap_closed.kl", before, after, floor, p.seed, f"{k} retrained models"))
+    return rows
+
+
+def tow(gaps: tuple[float, float, float]) -> float:
+    """Tug of war: product of 1 - |accuracy gap| over forget, retain, test; gaps in points. Card audits-classification.
+
+    >>> round(tow((2, 1, 3)), 5)
+    0.94109
+    """
+    return math.prod(1 - abs(g) / 100 for g in gaps)
+
+
+def aus(original: float, after: float, forget: float, *, removed: bool) -> float:
+    """Adaptive unlearning score (1 - (A_or - A_t)) / (1 + Delta), Delta = A_f for removed classes, |A_f - A_t| for records. Card duck.
+
+    >>> round(aus(0.90, 0.88, 0.05, removed=True), 4), round(aus(0.90, 0.88, 0.90, removed=False), 4)
+    (0.9333, 0.9608)
+    """
+    return (1 - (original - after)) / (1 + (forget if removed else abs(forget - after)))
+
+
+@check(tasks=("classification",), needs=("forget", "retain", "test"), reference=True)
+def literature(p: Probe) -> list[Row]:
+    """average_gap (points; UA, RA, TA and the published confidence SVC), tow, aus: printed for comparison with papers, not trusted."""
+    removed = torch.tensor(p.removed(), dtype=torch.long)
+
+    def accuracies(which: str) -> list[float]:
+        test = p.scores(which, "test")
+        keep = ~torch.isin(test.labels, removed)
+        return [float(p.scores(which, part).correct.float().mean()) for part in ("forget", "retain")] + [float(test.correct[keep].float().mean())]
+
+    def confidence(which: str) -> float:
+        forget, retain, test = (svc_features(p.scores(which, part), published=True)["confidence"] for part in ("forget", "retain", "test"))
+        n = min(len(retain), len(test), 1000)
+        return float(svc(retain[:n], test[:n], forget).float().mean())
+
+    names = [f"reference{k}" for k in range(len(p.references))]
+    mine, original = accuracies("after"), accuracies("before")
+    rest = [sum(v) / len(names) for v in zip(*map(accuracies, names), strict=True)]
+    gaps = [100 * (a - b) for a, b in zip(mine, rest, strict=True)]
+    attack = 100 * (confidence("after") - sum(map(confidence, names)) / len(names))
+    average = (sum(map(abs, gaps)) + abs(attack)) / 4
+    values = {"average_gap": average, "tow": tow((gaps[0], gaps[1], gaps[2])), "aus": aus(original[2], mine[2], mine[0], removed=bool(len(removed)))}
+    spread = {"average_gap": (0.0, 100.0), "tow": (0.0, 1.0), "aus": (0.0, 2.0)}
+    note = "for comparison with papers; no interval is known, so the bounds are those of the scale"
+    return [Row(name, value, *spread[name], len(p.split.forget), note, indicative=True) for name, value in values.items()]

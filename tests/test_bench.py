@@ -1,0 +1,64 @@
+"""The benchmark's splits, cells and table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from expunge.bench import run, table
+from expunge.bench.worlds import world
+from expunge.errors import DataError, SettingError
+
+
+def test_forget_and_retain_are_the_training_set():
+    w = world("digits")
+    for scenario in ("class", "random"):
+        split = w.split(scenario)
+        split.check()
+        ids = torch.cat([split.forget.ids, split.retain.ids]).sort().values
+        assert torch.equal(ids, w.train.ids.sort().values)
+        assert torch.equal(split.forget.ids, w.split(scenario).forget.ids)
+
+
+def test_worlds_say_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXPUNGE_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="set EXPUNGE_DATA"):
+        world("mnist")
+    with pytest.raises(SettingError, match="did you mean 'digits'"):
+        world("digit")
+
+
+def test_bench_runs_and_goes_on(tmp_path):
+    """Cells are written as they are done; a second call runs nothing new; the table ranks."""
+    kwargs = {"methods": ["gradient_ascent"], "seeds": 1, "scenarios": ("class",), "out": tmp_path, "cache": tmp_path / "models"}
+    cells = run.bench("digits", **kwargs)
+    assert [c["method"] for c in cells] == ["nothing", "gradient_ascent"]
+    lines = (tmp_path / "digits.jsonl").read_text().splitlines()
+    assert [json.loads(line)["method"] for line in lines] == ["nothing", "gradient_ascent"]
+    run.bench("digits", **kwargs)
+    assert (tmp_path / "digits.jsonl").read_text().splitlines() == lines
+    text = (tmp_path / "digits.md").read_text()
+    assert "| gradient_ascent |" in text
+    assert "floor" in text
+
+
+def _cell(method: str, gap: float | None, far: float = 2.0, seed: int = 0) -> dict:
+    def row(name, value):
+        return {"name": name, "value": value, "low": value, "high": value, "n": 10}
+
+    rows = [row("klom_before.forget", far), row("klom_floor.forget", 0.5)] + ([] if gap is None else [row("gap_closed.klom", gap)])
+    return {
+        "world": "w", "scenario": "random", "method": method, "seed": seed, "outcome": "ok", "share": 0.1, "references": 3, "date": "d", "machine": "m",
+        "rows": rows,
+    }  # fmt: skip
+
+
+def test_table_ranks_only_valid_worlds():
+    cells = [_cell("nothing", 0.0), _cell("b", 0.4), _cell("b", 0.6, seed=1), _cell("a", 0.1), _cell("broken", None)]
+    text = table.markdown(cells)
+    order = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ") and "method" not in line]
+    assert order == ["b", "a", "nothing", "broken"]
+    assert "0.5 (0.4 to 0.6)" in text
+    assert "not valid for ranking" in table.apart([_cell("nothing", 0.0, far=0.6)])

@@ -1,0 +1,105 @@
+"""Plan, autopilot, self-test and verdict on the digits world."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from worlds import copied, digits, original, retrained, same, state
+
+from expunge import plan
+from expunge.audits.core import Probe
+from expunge.audits.verdict import default_rules, judge, selftest
+from expunge.bench.run import retrain_passes
+from expunge.bench.worlds import world
+from expunge.errors import SettingError, SplitError
+
+
+def references(scenario: str, n: int = 3) -> tuple:
+    return tuple(retrained("digits", scenario, k) for k in range(n))
+
+
+def test_plan_is_sorted_and_says_why_not():
+    _, task, split = digits()
+    options = plan.plan(task, replace(split, retain=None), retrain_passes=1e5)
+    feasible = [o for o in options if o.feasible]
+    assert [o.forward + o.backward for o in feasible] == sorted(o.forward + o.backward for o in feasible)
+    assert {o.method for o in feasible} >= {"gradient_ascent"}
+    salun = next(o for o in options if o.method == "salun")
+    assert not salun.feasible
+    assert "lacks retain" in salun.why
+    assert all(0 < o.share for o in feasible)
+
+
+def test_selftest_catches_what_cannot_tell():
+    """A rule that the untouched original passes is unusable, and a verdict without a usable forgetting rule is no pass."""
+    model, task, split = digits("random")
+    p = Probe(model, model, task, split, references("random"))
+    trials = selftest(p, {"accuracy.forget": ">= 0.5", "drop.test": "<= 0.05"})
+    found = {t.name: t.usable for t in trials}
+    assert found == {"accuracy.forget": False, "drop.test": True}
+    reasons = judge([], trials)
+    assert any("no usable check of forgetting" in r for r in reasons)
+    assert any("drop.test was not measured" in r for r in reasons)
+
+
+def test_class_verdicts_on_known_truth():
+    """The original is refused, a retrained model that is no reference passes."""
+    model, task, split = digits("class")
+    refs = references("class")
+    bad = plan.audited(model, model, task, split, references=refs, slow=False)
+    good = plan.audited(model, retrained("digits", "class", 3), task, split, references=refs, slow=False)
+    assert not bad.passed
+    assert good.passed, good.reasons
+
+
+def test_autopilot_forgets_a_class():
+    """A patch passes its gate under 5 % of retraining's passes; the model is untouched; the document is strict JSON."""
+    model, task, split = digits("class")
+    before = state(model)
+    w = world("digits")
+    verdict = plan.forget(model, task, split, references=references("class"), retrain_passes=retrain_passes(w, "class"))
+    assert verdict.passed, verdict.reasons
+    assert same(before, state(model))
+    assert verdict.chosen.attempt.meter.passes <= 0.05 * retrain_passes(w, "class")
+    twin = copied(model)
+    verdict.chosen.attempt.patch.apply(twin).apply(twin)
+    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), model.state_dict().values(), strict=True))
+    from expunge.report.table import dump
+
+    document = json.loads(dump(verdict.document()))
+    assert document["verdict"]["passed"]
+    assert document["tries"][-1]["method"] == verdict.chosen.attempt.method
+
+
+def test_autopilot_without_references_claims_less():
+    model, task, split = digits("class")
+    verdict = plan.forget(model, task, split, methods=("gradient_ascent",))
+    assert "No retrained reference" in " ".join(verdict.notes)
+    assert not any("klom" in name for name in verdict.rules)
+
+
+def test_bad_requests():
+    model, task, split = digits()
+    with pytest.raises(SettingError, match="did you mean"):
+        plan.forget(model, task, split, methods=("salum",))
+    with pytest.raises(SplitError, match="lacks retain"):
+        plan.forget(model, task, replace(split, retain=None), methods=("salun",))
+
+
+def test_default_rules_follow_the_request():
+    model = original("digits")
+    _, task, by_class = digits("class")
+    _, _, by_record = digits("random")
+    assert "accuracy.forget" in default_rules(Probe(model, model, task, by_class))
+    assert "membership.loss_auc" in default_rules(Probe(model, model, task, by_record))
+    assert "gap_closed.klom" in default_rules(Probe(model, model, task, by_record, references("random")))
+
+
+def test_auc_against_brute_force():
+    torch.manual_seed(0)
+    a, b = torch.randint(0, 5, (40,)).float(), torch.randint(0, 5, (30,)).float()
+    brute = ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean()
+    assert plan._auc(a, b) == pytest.approx(float(brute))
