@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.errors import ModelError
+from expunge.guard import quiet
 from expunge.session import scratch
 from expunge.types import Task
 from expunge.updates.descend import descend
@@ -43,3 +44,11 @@ def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int,
     losses = descend(session, lambda b: task.forward(model, b).mean.mean(), task.batches(data, batch_size, epochs=epochs, seed=seed), **options)
     model.eval()
     return losses
+
+
+def outputs(model: nn.Module, task: Task, data) -> Tensor:
+    """(N, C) logits or (N, ...) predictions of `model` in eval mode, without augmentation: the constant targets of distillation."""
+    batches = task.batches(data, 256)
+    with quiet(model):
+        outs = [task.forward(model, batches[k]) for k in range(len(batches))]
+    return torch.cat([o.pred if o.logits is None else o.logits for o in outs])

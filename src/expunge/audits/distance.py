@@ -109,7 +109,9 @@ def divergence(p: Probe) -> list[Row]:
             rows.append(Row(f"{name}.{part}", float(after.mean()), *_boot(after, p.seed), len(after), f"{k} retrained models"))
             if pairs:
                 floor = torch.stack([f(a, b) for a, b in pairs]).mean(0)
-                rows.append(Row(f"{name}_floor.{part}", float(floor.mean()), *_boot(floor, p.seed), len(floor), f"{len(pairs)} ordered pairs of retrained models"))
+                rows.append(
+                    Row(f"{name}_floor.{part}", float(floor.mean()), *_boot(floor, p.seed), len(floor), f"{len(pairs)} ordered pairs of retrained models")
+                )
                 if (name, part) == ("kl", "forget"):
                     rows.append(gap_closed("gap_closed.kl", before, after, floor, p.seed, f"{k} retrained models"))
     return rows

@@ -49,7 +49,17 @@ def membership(p: Probe) -> list[Row]:
         rest = [auc(p.scores(f"reference{k}", "test").nll[rows], p.scores(f"reference{k}", "forget").nll) for k in range(len(p.references))]
         centre = sum(r[0] for r in rest) / len(rest)
         width = (((high - low) / 2) ** 2 + sum(((r[2] - r[1]) / 2) ** 2 for r in rest) / len(rest) ** 2) ** 0.5
-        out.append(Row("membership.excess", value - centre, value - centre - width, value - centre + width, n, f"{note}; against {len(rest)} retrained models", indicative=True))
+        out.append(
+            Row(
+                "membership.excess",
+                value - centre,
+                value - centre - width,
+                value - centre + width,
+                n,
+                f"{note}; against {len(rest)} retrained models",
+                indicative=True,
+            )
+        )
     return out
 
 

@@ -34,7 +34,9 @@ def wasserstein(p: Probe) -> list[Row]:
     rows = [Row("wasserstein.forget", distance(torch.arange(n)), *bootstrap(distance, n, p.seed, 50), n, f"{len(refs)} retrained models")]
     pairs = [wasserstein_distance(a.numpy(), b.numpy()) for i, a in enumerate(refs) for b in refs[:i]]
     if pairs:
-        rows.append(Row("wasserstein_floor.forget", sum(pairs) / len(pairs), min(pairs), max(pairs), len(pairs), "pairs of retrained models; smallest and largest"))
+        rows.append(
+            Row("wasserstein_floor.forget", sum(pairs) / len(pairs), min(pairs), max(pairs), len(pairs), "pairs of retrained models; smallest and largest")
+        )
     return rows
 
 

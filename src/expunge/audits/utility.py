@@ -58,7 +58,9 @@ def zrf(p: Probe) -> list[Row]:
 @check(tasks=("classification", "regression"), needs=("forget",))
 def cost(p: Probe) -> list[Row]:
     """cost.forward, cost.backward (examples), cost.seconds (wall), cost.share (passes as a share of retraining's)."""
-    rows = [Row(f"cost.{name}", float(p.cost[name]), float(p.cost[name]), float(p.cost[name]), 1) for name in ("forward", "backward", "seconds") if name in p.cost]
+    rows = [
+        Row(f"cost.{name}", float(p.cost[name]), float(p.cost[name]), float(p.cost[name]), 1) for name in ("forward", "backward", "seconds") if name in p.cost
+    ]
     total = p.cost.get("retrain_passes")
     if total and "forward" in p.cost:
         share = (p.cost["forward"] + p.cost["backward"]) / total

@@ -29,12 +29,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from expunge.guard import quiet
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything, last
 from expunge.session import NORMS, edit
-from expunge.training import fresh
+from expunge.training import fresh, outputs
 from expunge.types import Split, Task
 from expunge.updates.descend import descend
 
@@ -44,10 +43,10 @@ from expunge.updates.descend import descend
     tasks=("classification", "regression"),
     needs=("retain",),
     cost=lambda n, s: ((s["epochs"] + (s["distil"] > 0)) * n["retain"], s["epochs"] * n["retain"]),
-    toy={"epochs": 6.0, "shrink": 0.3, "lr": 0.05},
+    toy={"epochs": 6.0, "shrink": 0.3, "noise": 0.1, "k": 1, "distil": 0.0, "lr": 0.05},
 )
 def reset_fine_tune(
-    model: nn.Module, task: Task, split: Split, *, shrink: float = 0.4, noise: float = 0.1, k: int = 1, distil: float = 0.0, epochs: float = 3.0, lr: float = 0.1,
+    model: nn.Module, task: Task, split: Split, *, shrink: float = 1.0, noise: float = 0.0, k: int = 0, distil: float = 0.3, epochs: float = 2.4, lr: float = 0.05,
     momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 50, buffers: str = "move", seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
@@ -75,11 +74,3 @@ def reset_fine_tune(
 
         descend(e, loss, batches, lr=lr, optimizer="nesterov", momentum=momentum, weight_decay=weight_decay, schedule="onecycle")
     return e.patch
-
-
-def outputs(model: nn.Module, task: Task, data) -> Tensor:
-    """(N, C) logits or (N, ...) predictions of `model` in eval mode, without augmentation: the constant targets of distillation."""
-    batches = task.batches(data, 256)
-    with quiet(model):
-        outs = [task.forward(model, batches[k]) for k in range(len(batches))]
-    return torch.cat([o.pred if o.logits is None else o.logits for o in outs])

@@ -28,7 +28,9 @@ def render(document: Mapping[str, Any]) -> str:
     pictures = clean.get("pictures") or {}
     drawn = {name: draw(pictures[key]) for name, (key, draw) in _PLOTS.items() if pictures.get(key)}
     chosen = clean.get("chosen")
-    shown = next((t for t in clean.get("tries", []) if chosen and (t["method"], t.get("seed")) == (chosen["method"], chosen.get("seed")) and t.get("rows")), None)
+    shown = next(
+        (t for t in clean.get("tries", []) if chosen and (t["method"], t.get("seed")) == (chosen["method"], chosen.get("seed")) and t.get("rows")), None
+    )
     facts = {k: clean.get(k, "") for k in ("title", "asked", "created", "version", "machine", "task", "assurance")}
     return environment.from_string(source).render(
         **facts, parts=clean.get("parts", {}), references=clean.get("references", 0), verdict=clean.get("verdict", {"passed": False, "reasons": []}),

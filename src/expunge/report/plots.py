@@ -40,7 +40,9 @@ def losses(data: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     figure, axes = _figure(9, 2.6, max(1, len(data)))
     for axis, (part, models) in zip(axes, data.items(), strict=False):
         for name, values in models.items():
-            axis.hist(np.log10(np.clip(values, 1e-6, 1e4)), bins=np.linspace(-6, 2, 41).tolist(), histtype="step", linewidth=1.5, color=COLOURS.get(name), label=name)
+            axis.hist(
+                np.log10(np.clip(values, 1e-6, 1e4)), bins=np.linspace(-6, 2, 41).tolist(), histtype="step", linewidth=1.5, color=COLOURS.get(name), label=name
+            )
         axis.set_title({"test": "unseen (test)"}.get(part, part), fontsize=9)
         axis.set_xlabel("log10 loss", fontsize=8)
     axes[0].legend(fontsize=8, frameon=False)

@@ -1,0 +1,62 @@
+"""Bad teaching: learn the forget set from a random network and the retain set from the original.
+
+Paper    Chundawat et al., "Can Bad Teaching Induce Forgetting?", AAAI 2023, arXiv:2205.08096.
+Forgets  records, class.          Needs    forget, retain.
+Scope    all weights.   Forget  KL(random teacher || student).   Retain  KL(original || student).   Update  one mixed pass, Adam.   Leaves  Replace.
+Settings
+    epochs       passes over forget and the drawn share of retain
+    share        share of retain that is mixed in, 0..1
+    temperature  of the student's softmax
+    reduction    batchmean (sum over classes, mean over examples) or mean (divides by classes too, as published)
+    lr           step size
+    batch_size   examples per step
+    buffers      move, freeze or recompute: what happens to batch-norm statistics
+Differs  The published loss divides by the number of classes (reduction=mean), which makes lr mean something else in other code.
+Check
+    >>> import torch
+    >>> student = torch.tensor([[2.0, 0.0]])
+    >>> p = torch.tensor([[0.0, 1.0]]).softmax(-1)
+    >>> value = torch.nn.functional.kl_div(student.log_softmax(-1), p, reduction="batchmean")
+    >>> round(float(value), 4), round(float(value) / 2, 4)
+    (1.0068, 0.5034)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import SettingError
+from expunge.losses import kl_to
+from expunge.patch import Patch
+from expunge.registry import method
+from expunge.scopes.layers import everything
+from expunge.session import edit
+from expunge.training import fresh, outputs
+from expunge.types import Split, Task, concat
+from expunge.updates.descend import descend
+
+
+@method(paper="arXiv:2205.08096", tasks=("classification",), needs=("forget", "retain"),
+    cost=lambda n, s: ((s["epochs"] + 1) * (n["forget"] + s["share"] * n["retain"]), s["epochs"] * (n["forget"] + s["share"] * n["retain"])),
+    toy={"epochs": 4.0, "lr": 0.003})  # fmt: skip
+def bad_teacher(
+    model: nn.Module, task: Task, split: Split, *, epochs: float = 2.0, share: float = 0.3, temperature: float = 1.0, reduction: str = "batchmean", lr: float = 0.001, batch_size: int = 64, buffers: str = "move", seed: int = 0,
+) -> Patch:  # fmt: skip
+    """See the module's docstring."""
+    if reduction not in ("batchmean", "mean") or not 0 < share <= 1:
+        raise SettingError(f"reduction must be batchmean or mean and share in (0, 1]; found '{reduction}' and {share}")
+    n = max(1, int(share * len(split.retain)))
+    kept = split.retain.take(torch.randperm(len(split.retain), generator=torch.Generator().manual_seed(seed))[:n])
+    mixed = concat(split.forget, kept)
+    target = torch.cat([outputs(fresh(model, seed), task, split.forget), outputs(model, task, kept)]).softmax(-1)
+
+    def loss(batch) -> Tensor:
+        out = task.forward(model, batch)
+        value = kl_to(out, target[batch["i"]], temperature=temperature).mean()
+        return value / out.logits.shape[-1] if reduction == "mean" else value
+
+    with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
+        e.train()
+        descend(e, loss, task.batches(mixed, batch_size, epochs=epochs, seed=seed), lr=lr, optimizer="adam")
+    return e.patch
