@@ -35,8 +35,18 @@ from expunge.updates.descend import descend
 @method(paper="arXiv:2010.10981", tasks=("classification",), needs=("forget", "retain"),
     cost=lambda n, s: (s["epochs"] * (n["forget"] + n["retain"]), s["epochs"] * (n["forget"] + n["retain"])), toy={"epochs": 3.0, "lr": 0.003})  # fmt: skip
 def amnesiac(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 2.0, lr: float = 0.001, momentum: float = 0.0, weight_decay: float = 0.0, batch_size: int = 64, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 2.0,
+    lr: float = 0.001,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     classes = int(max(split.forget.y.max(), split.retain.y.max())) + 1
     mixed = concat(replace(split.forget, y=random_labels(split.forget.y, classes, other=True)), split.retain)

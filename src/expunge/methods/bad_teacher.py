@@ -41,8 +41,19 @@ from expunge.updates.descend import descend
     cost=lambda n, s: ((s["epochs"] + 1) * (n["forget"] + s["share"] * n["retain"]), s["epochs"] * (n["forget"] + s["share"] * n["retain"])),
     toy={"epochs": 4.0, "lr": 0.003})  # fmt: skip
 def bad_teacher(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 2.0, share: float = 0.3, temperature: float = 1.0, reduction: str = "batchmean", lr: float = 0.001, batch_size: int = 64, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 2.0,
+    share: float = 0.3,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    lr: float = 0.001,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     if reduction not in ("batchmean", "mean") or not 0 < share <= 1:
         raise SettingError(f"reduction must be batchmean or mean and share in (0, 1]; found '{reduction}' and {share}")

@@ -37,8 +37,21 @@ from expunge.updates.descend import descend
 @method(paper="arXiv:2201.06640", tasks=("classification", "regression"), needs=("retain",),
     cost=lambda n, s: (s["epochs"] * n["retain"], s["epochs"] * n["retain"]), toy={"epochs": 4.0, "lr": 0.05, "k": 2, "reset": True})  # fmt: skip
 def fine_tune(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 2.0, k: int = 0, reset: bool = False, anchor: float = 0.0, lr: float = 0.03, momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 64, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 2.0,
+    k: int = 0,
+    reset: bool = False,
+    anchor: float = 0.0,
+    lr: float = 0.03,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     if reset and not k:
         raise SettingError("reset=true needs k, the number of last layers to start afresh")

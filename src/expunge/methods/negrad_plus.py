@@ -33,8 +33,20 @@ from expunge.updates.descend import descend
 @method(paper="arXiv:2302.09880", tasks=("classification", "regression"), needs=("forget", "retain"),
     cost=lambda n, s: (2 * s["epochs"] * n["retain"], 2 * s["epochs"] * n["retain"]), toy={"epochs": 3.0, "lr": 0.01, "alpha": 0.8})  # fmt: skip
 def negrad_plus(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 1.0, alpha: float = 0.9, bound: float = 5.0, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 64, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 1.0,
+    alpha: float = 0.9,
+    bound: float = 5.0,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
 
     def loss(pair):

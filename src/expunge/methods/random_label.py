@@ -35,8 +35,19 @@ from expunge.updates.descend import descend
 @method(paper="arXiv:1911.04933", tasks=("classification",), needs=("forget", "retain"),
     cost=lambda n, s: (s["epochs"] * (n["forget"] + n["retain"]), s["epochs"] * (n["forget"] + n["retain"])), toy={"epochs": 3.0, "lr": 0.05})  # fmt: skip
 def random_label(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 2.0, other: bool = True, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 64, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 2.0,
+    other: bool = True,
+    lr: float = 0.02,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     mixed, n = concat(split.forget, split.retain), len(split.forget)
 

@@ -46,9 +46,22 @@ from expunge.updates.descend import descend
     toy={"epochs": 6.0, "shrink": 0.3, "noise": 0.1, "k": 1, "distil": 0.0, "lr": 0.05},
 )
 def reset_fine_tune(
-    model: nn.Module, task: Task, split: Split, *, shrink: float = 1.0, noise: float = 0.0, k: int = 0, distil: float = 0.3, epochs: float = 2.4, lr: float = 0.05,
-    momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 50, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    shrink: float = 1.0,
+    noise: float = 0.0,
+    k: int = 0,
+    distil: float = 0.3,
+    epochs: float = 2.4,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 50,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     teacher = outputs(model, task, split.retain) if distil else torch.empty(0)
     new = dict(fresh(model, seed).named_parameters())

@@ -36,8 +36,20 @@ from expunge.updates.descend import descend
 @method(paper="arXiv:1912.03817", tasks=("classification", "regression"), needs=("retain",), assurance="exact",
     cost=lambda n, s: (s["epochs"] * n["retain"], s["epochs"] * n["retain"]), toy={"epochs": 15.0, "lr": 0.03})  # fmt: skip
 def retrain(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 30.0, optimizer: str = "nesterov", schedule: str = "onecycle", lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 50, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 30.0,
+    optimizer: str = "nesterov",
+    schedule: str = "onecycle",
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 50,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     new = fresh(model, seed)
     values = {**dict(new.named_parameters()), **dict(new.named_buffers())}

@@ -44,9 +44,24 @@ from expunge.updates.descend import alternate
     cost=lambda n, s: (s["epochs"] * n["retain"] + min(s["msteps"], s["epochs"]) * n["forget"] + n["forget"] + n["retain"],
         s["epochs"] * n["retain"] + min(s["msteps"], s["epochs"]) * n["forget"]), toy={"epochs": 4, "msteps": 3, "lr": 0.02})  # fmt: skip
 def scrub(
-    model: nn.Module, task: Task, split: Split, *, epochs: int = 2, msteps: int = 1, temperature: float = 4.0, gamma: float = 0.99, alpha: float = 0.1, rewind: bool = False, decay: float = 0.5,
-    lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 64, buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: int = 2,
+    msteps: int = 1,
+    temperature: float = 4.0,
+    gamma: float = 0.99,
+    alpha: float = 0.1,
+    rewind: bool = False,
+    decay: float = 0.5,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     teacher = {name: outputs(model, task, getattr(split, name)) for name in ("forget", "retain")}
     if rewind:

@@ -37,9 +37,20 @@ from expunge.updates.descend import descend
     cost=lambda n, s: ((s["erase"] + 1) * n["forget"] + (s["rebuild"] + (not s["labels"])) * n["retain"], s["erase"] * n["forget"] + s["rebuild"] * n["retain"]),
     toy={"erase": 8.0, "lr_erase": 0.003, "rebuild": 1.0})  # fmt: skip
 def stochastic_teacher(
-    model: nn.Module, task: Task, split: Split, *, erase: float = 2.0, rebuild: float = 1.0, temperature: float = 1.0, labels: bool = False, lr_erase: float = 0.001, lr: float = 0.001, batch_size: int = 64,
-    buffers: str = "move", seed: int = 0,
-) -> Patch:  # fmt: skip
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    erase: float = 2.0,
+    rebuild: float = 1.0,
+    temperature: float = 1.0,
+    labels: bool = False,
+    lr_erase: float = 0.001,
+    lr: float = 0.001,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
     """See the module's docstring."""
     random = fresh(model, seed)
     recompute(random, task.batches(split.forget, 256))

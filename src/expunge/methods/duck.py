@@ -1,0 +1,98 @@
+"""DUCK: pull the features of forgotten records to the nearest centroid of a wrong class, holding the retain set.
+
+Paper    Cotogni et al., "DUCK: Distance-based Unlearning via Centroid Kinematics", 2023, arXiv:2312.02052.
+Forgets  records, class.          Needs    forget, retain.
+Scope    all weights.   Forget  lambda1 * (1 - cos(features, wrong centroid)).   Retain  lambda2 * CE(logits / T).   Update  nested batches, Adam.   Leaves  Replace.
+Settings
+    lambda1      weight of the distance
+    lambda2      weight of the retain loss
+    temperature  T
+    ratio        retain batches per forget batch
+    epochs       most passes over the forget set
+    target       stop when forget accuracy is at most this; negative: 0.01 for a removed class, validation accuracy for records
+    lr           step size
+    batch_size   examples per step
+    buffers      move, freeze or recompute: what happens to batch-norm statistics
+Differs  Targets are fixed per record, not per batch index, and centroids keep their label beside them. The stop reads validation, never test. The code's second phase is not offered.
+Check
+    >>> import torch; from expunge.losses.features import cosine_distance
+    >>> cosine_distance(torch.tensor([[3.0, 1.0]] * 3), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+    tensor([0.0513, 0.6838, 1.9487])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from expunge.guard import quiet
+from expunge.losses.features import cosine_distance
+from expunge.patch import Patch
+from expunge.registry import method
+from expunge.scopes.layers import everything
+from expunge.session import edit
+from expunge.types import Paired, Split, Task
+from expunge.updates.descend import descend
+
+
+@method(paper="arXiv:2312.02052", tasks=("classification",), needs=("forget", "retain"),
+    cost=lambda n, s: (n["forget"] + n["retain"] + s["epochs"] * (2 * s["ratio"] + 1) * n["forget"], 2 * s["epochs"] * s["ratio"] * n["forget"]),
+    toy={"epochs": 4, "lr": 0.003})  # fmt: skip
+def duck(
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    lambda1: float = 1.0,
+    lambda2: float = 1.4,
+    temperature: float = 2.0,
+    ratio: int = 4,
+    epochs: int = 2,
+    target: float = -1.0,
+    lr: float = 0.0005,
+    batch_size: int = 64,
+    buffers: str = "move",
+    seed: int = 0,
+) -> Patch:
+    """See the module's docstring."""
+
+    def embed(data) -> Tensor:
+        batches = task.batches(data, 256)
+        with quiet(model):
+            return torch.cat([task.features(model, batches[k], "") for k in range(len(batches))])
+
+    kept, gone = embed(split.retain), embed(split.forget)
+    labels = split.retain.y.unique()
+    centres = torch.stack([kept[split.retain.y == c].mean(0) for c in labels])
+    distance = 1 - torch.nn.functional.cosine_similarity(gone[:, None], centres[None], dim=-1)
+    own = split.forget.y[:, None] == labels[None]
+    aim = centres[distance.masked_fill(own.to(distance.device), torch.inf).argmin(1)]
+
+    def loss(pair) -> Tensor:
+        features = task.features(model, pair[0], "")
+        out = task.forward(model, pair[1])
+        ce = torch.nn.functional.cross_entropy(out.logits / temperature, out.labels)
+        return lambda1 * cosine_distance(features, aim[pair[0]["i"]].to(features)).mean().to(ce) + lambda2 * ce
+
+    def accuracy(data) -> float:
+        batches = task.batches(data, 256)
+        with quiet(model):
+            outs = [task.forward(model, batches[k]) for k in range(len(batches))]
+        return float(torch.cat([(o.logits.argmax(-1) == o.labels).float() for o in outs]).mean())
+
+    removed = not set(split.forget.y.tolist()) & set(split.retain.y.tolist())
+    if target < 0:
+        target = 0.01 if removed else (accuracy(split.validation) if split.validation is not None else -1.0)
+    with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
+        e.train()
+        for epoch in range(epochs):
+            steps = -(-len(split.forget) // batch_size) * ratio
+            per = -(-len(split.retain) // batch_size)
+            pairs = Paired(
+                task.batches(split.forget, batch_size, epochs=ratio, seed=seed + 2 * epoch),
+                task.batches(split.retain, batch_size, epochs=steps / per, seed=seed + 2 * epoch + 1),
+            )
+            descend(e, loss, pairs, lr=lr, optimizer="adam")
+            if accuracy(split.forget) <= target:
+                break
+    return e.patch
