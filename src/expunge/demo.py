@@ -43,8 +43,9 @@ def demo(folder: Path | str = "expunge-demo", *, seeds: int = 3, progress: Calla
                     retrain_passes=retrain_passes(w, scenario),
                     scales=(1.0,),
                     stop=False,
+                    slow=seed == 0,
                     progress=progress,
-                )  # fmt: skip
+                )
             )
         first = verdicts[0]
         merged = replace(first, tries=tuple(t for v in verdicts for t in v.tries))

@@ -153,10 +153,7 @@ def closeness(model: nn.Module, task: Task, split: Split):
 
     def validate(now: nn.Module) -> float:
         forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
-        if len(removed):
-            remains = float(forget.correct.float().mean())
-        else:
-            remains = 2 * abs(_auc(unseen.nll, forget.nll) - 0.5)
+        remains = float(forget.correct.float().mean()) if len(removed) else 2 * abs(_auc(unseen.nll, forget.nll) - 0.5)
         return -remains - 2 * max(0.0, before - utility(unseen))
 
     return validate
@@ -214,7 +211,7 @@ def _notes(p: Probe, trials: Iterable[Trial]) -> tuple[str, ...]:
 def forget(
     model: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
-    retrain_passes: float | None = None, scales: Sequence[float] = SCALES, stop: bool = True, progress: Callable[[str, int, int], None] | None = None,
+    retrain_passes: float | None = None, scales: Sequence[float] = SCALES, stop: bool = True, slow: bool = True, progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
 
@@ -222,6 +219,7 @@ def forget(
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user; such a method is run once, as given
     scales          multiples of the method's strength to try on validation; (1.0,) runs defaults only. Without validation there is no tuning
+    slow            False leaves out checks that train (relearning)
     stop            False: audit every method, choose the cheapest that passes
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
@@ -250,7 +248,7 @@ def forget(
         good = [t for t in runs if t.attempt.outcome == "ok"]
         if good:
             top = max(good, key=lambda t: t.score if t.score is not None else 0.0)
-            seen = _audit(p, top.attempt, patched(model, top.attempt), trials)
+            seen = _audit(p, top.attempt, patched(model, top.attempt), trials, slow)
             runs = [
                 replace(seen, score=t.score) if t is top else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
                 for t in runs

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from expunge.audits.core import Probe, Row, audit, gate
+from expunge.registry import CHECKS
 from expunge.training import fresh
 
 UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test")
@@ -49,8 +50,11 @@ def _limit(p: Probe) -> float:
 
 def checks_for(rules: Mapping[str, str]) -> list[str]:
     """Names of the checks whose rows the rules read, by the first word of the row."""
-    words = {"gap_closed": "klom", "klom_ratio": "klom"}
-    return sorted({words.get(name.split(".")[0], name.split(".")[0]) for name in rules})
+    words = {"gap_closed": ("klom", "divergence"), "klom_ratio": ("klom",), "klom_before": ("klom",), "klom_floor": ("klom",)}
+    words |= dict.fromkeys(("kl", "js", "kl_floor", "js_floor"), ("divergence",)) | dict.fromkeys(("average_gap", "tow", "aus"), ("literature",))
+    words |= {"membership_svc_published": ("membership_svc",), "wasserstein_floor": ("wasserstein",)}
+    found = {check for name in rules for check in words.get(name.split(".")[0], (name.split(".")[0],))}
+    return sorted(found & set(CHECKS))
 
 
 def selftest(p: Probe, rules: Mapping[str, str]) -> list[Trial]:
@@ -58,8 +62,9 @@ def selftest(p: Probe, rules: Mapping[str, str]) -> list[Trial]:
     held, others = (p.references[0], p.references[1:]) if len(p.references) >= 2 else (None, ())
     keep = others or p.references
     wrong = {"goes": replace(p, after=p.before, references=keep), "stays": replace(p, after=fresh(p.before, p.seed + 1), references=keep)}
-    rows = {key: audit(probe, slow=False) for key, probe in wrong.items()}
-    good = audit(replace(p, after=held, references=others), slow=False) if held is not None else None
+    names = checks_for(rules)
+    rows = {key: audit(probe, names, slow=False) for key, probe in wrong.items()}
+    good = audit(replace(p, after=held, references=others), names, slow=False) if held is not None else None
     trials = []
     for name, rule in rules.items():
         bad = rows["stays" if name.startswith(UTILITY) else "goes"]

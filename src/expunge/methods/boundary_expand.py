@@ -10,7 +10,8 @@ Settings
     weight_decay  of the optimiser
     batch_size    examples per step
     buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  A derived public code never removes the extra row; here it is gone before the patch is made. The shadow row starts with the layer's own initialisation scale.
+Differs  A derived public code never removes the extra row; here it is gone before the patch is made. The shadow row starts with the layer's
+         own initialisation scale.
 Check
     >>> import torch
     >>> round(float(torch.nn.functional.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([2]))), 4)

@@ -12,7 +12,8 @@ Settings
     weight_decay  of the optimiser
     batch_size    examples per step
     buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  Labels are computed once. Where the step does not cross, the bound is doubled twice, then the runner-up is taken; the code keeps the true label. Its lr of 1e-5 is for another network. The curvature penalty and PGD are not offered.
+Differs  Labels are computed once. Where the step does not cross, the bound is doubled twice, then the runner-up is taken; the code keeps
+         the true label. Its lr of 1e-5 is for another network. The curvature penalty and PGD are not offered.
 Check
     >>> import torch; from torch import nn; from expunge.data.nearest import fgsm; from expunge.tasks.classification import classification
     >>> batch = {"x": torch.tensor([[0.55, 0.50]]), "y": torch.tensor([0]), "i": torch.tensor([0])}

@@ -2,7 +2,8 @@
 
 Paper    Cotogni et al., "DUCK: Distance-based Unlearning via Centroid Kinematics", 2023, arXiv:2312.02052.
 Forgets  records, class.          Needs    forget, retain.
-Scope    all weights.   Forget  lambda1 * (1 - cos(features, wrong centroid)).   Retain  lambda2 * CE(logits / T).   Update  nested batches, Adam.   Leaves  Replace.
+Scope    all weights.   Forget  lambda1 * (1 - cos(features, wrong centroid)).   Retain  lambda2 * CE(logits / T).   Update  nested batches,
+         Adam.   Leaves  Replace.
 Settings
     lambda1      weight of the distance
     lambda2      weight of the retain loss
@@ -13,7 +14,8 @@ Settings
     lr           step size
     batch_size   examples per step
     buffers      move, freeze or recompute: what happens to batch-norm statistics
-Differs  Targets are fixed per record, not per batch index, and centroids keep their label beside them. The stop reads validation, never test. The code's second phase is not offered.
+Differs  Targets are fixed per record, not per batch index, and centroids keep their label beside them. The stop reads validation, never
+         test. The code's second phase is not offered.
 Check
     >>> import torch; from expunge.losses.features import cosine_distance
     >>> cosine_distance(torch.tensor([[3.0, 1.0]] * 3), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
@@ -35,9 +37,13 @@ from expunge.types import Paired, Split, Task
 from expunge.updates.descend import descend
 
 
-@method(paper="arXiv:2312.02052", tasks=("classification",), needs=("forget", "retain"),
-    cost=lambda n, s: (n["forget"] + n["retain"] + s["epochs"] * (2 * s["ratio"] + 1) * n["forget"], 2 * s["epochs"] * s["ratio"] * n["forget"]),
-    toy={"epochs": 4, "lr": 0.003})  # fmt: skip
+def _cost(n, s) -> tuple[float, float]:
+    steps = -(-n["forget"] // s["batch_size"]) * s["ratio"]
+    trained = s["epochs"] * (s["ratio"] * n["forget"] + steps * n["retain"] / -(-n["retain"] // s["batch_size"]))
+    return trained + (1 + s["epochs"]) * n["forget"] + n["retain"], trained
+
+
+@method(paper="arXiv:2312.02052", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 4, "lr": 0.003})
 def duck(
     model: nn.Module,
     task: Task,

@@ -8,7 +8,8 @@ Settings
     per_sample  diagonal Fisher from per-example gradients; false gives squares of batch means, as published
     batch_size  examples per step
     buffers     move, freeze or recompute: what happens to batch-norm statistics
-Differs  The published code weights squared batch-mean gradients of every class; here F is the empirical Fisher of the true labels. Variances are averaged over dimension 1 and multiplied by 10 for the last layer and for vectors, as published.
+Differs  The published code weights squared batch-mean gradients of every class; here F is the empirical Fisher of the true labels.
+         Variances are averaged over dimension 1 and multiplied by 10 for the last layer and for vectors, as published.
 Check
     >>> round((1e-8 * min(1 / 0.01, 1e3) * 10) ** 0.5, 6)
     0.003162
@@ -27,7 +28,7 @@ from expunge.types import Split, Task
 from expunge.updates.gradients import fisher
 
 
-@method(paper="arXiv:1911.04933", tasks=("classification", "regression"), needs=("retain",),
+@method(paper="arXiv:1911.04933", tasks=("classification",), needs=("retain",),
     cost=lambda n, s: (n["retain"], n["retain"]), toy={"alpha": 1e-5})  # fmt: skip
 def fisher_forgetting(
     model: nn.Module,

@@ -2,7 +2,8 @@
 
 Paper    Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023, arXiv:2304.04934.
 Forgets  records, class.          Needs    retain.
-Scope    all weights.   Forget  none.   Retain  CE + gamma_t * ||theta||_1, gamma_t = gamma * (1 - t), t the share of steps done.   Update  SGD.   Leaves  Replace.
+Scope    all weights.   Forget  none.   Retain  CE + gamma_t * ||theta||_1, gamma_t = gamma * (1 - t), t the share of steps done.   Update
+         SGD.   Leaves  Replace.
 Settings
     epochs        passes over the retain set
     gamma         weight of the l1 norm at the start
@@ -27,7 +28,7 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
-from expunge.types import Split, Task
+from expunge.types import Paired, Split, Task
 from expunge.updates.descend import descend
 
 
@@ -50,23 +51,22 @@ def l1_sparse(
 ) -> Patch:
     """See the module's docstring."""
     batches = task.batches(split.retain, batch_size, epochs=epochs, seed=seed)
-    done = [0]
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
 
-        def weight() -> float:
-            return gamma * (1 - done[0] / len(batches))
+        def weight(step: int) -> float:
+            return gamma * (1 - step / len(batches))
 
-        def loss(batch) -> Tensor:
+        def loss(pair) -> Tensor:
+            batch, step = pair
             value = task.forward(model, batch).mean.mean()
-            return value if proximal else value + weight() * torch.stack([p.abs().sum() for p in e.params.values()]).sum()
+            return value if proximal else value + weight(step) * torch.stack([p.abs().sum() for p in e.params.values()]).sum()
 
         def after(step: int) -> None:
             if proximal:
                 with torch.no_grad():
                     for p in e.params.values():
-                        p.copy_(p.sign() * (p.abs() - lr * weight()).clamp(min=0))
-            done[0] = step + 1
+                        p.copy_(p.sign() * (p.abs() - lr * weight(step)).clamp(min=0))
 
         e.train()
-        descend(e, loss, batches, lr=lr, momentum=momentum, weight_decay=weight_decay, after=after)
+        descend(e, loss, Paired(batches, range(len(batches))), lr=lr, momentum=momentum, weight_decay=weight_decay, after=after)
     return e.patch

@@ -12,7 +12,8 @@ Settings
     weight_decay  of the optimiser
     batch_size    examples per step
     buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  The published OMP rewinds to epoch 8 and trains again, which needs a checkpoint from training; here the remaining weights go on from where they are. The output layer is never pruned.
+Differs  The published OMP rewinds to epoch 8 and trains again, which needs a checkpoint from training; here the remaining weights go on
+         from where they are. The output layer is never pruned.
 Check
     >>> import torch; from expunge.methods.prune_unlearn import lowest
     >>> lowest({"w": torch.tensor([0.1, 3.0, 0.2, 4.0])}, 0.5)["w"]

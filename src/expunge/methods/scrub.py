@@ -16,7 +16,8 @@ Settings
     weight_decay  of the optimiser
     batch_size    examples per step
     buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  Teacher logits are computed once; the published code runs the teacher in every step. Its rewind lists are off by one; here a round's error is its own.
+Differs  Teacher logits are computed once; the published code runs the teacher in every step. Its rewind lists are off by one; here a round's
+         error is its own. With rewind, momentum starts anew in each round.
 Check
     >>> import torch; from expunge.losses import kl; from expunge.types import Out
     >>> student = Out(nll=torch.zeros(1), count=torch.ones(1), logits=torch.tensor([[2.0, 0.0]]))
@@ -89,18 +90,13 @@ def scrub(
         rounds.append(epoch)
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
         e.train()
-        kept, ends = [], []
-        for _, batches in phases:
-            ends.append((ends[-1] if ends else 0) + len(batches))
-        last = {ends[k] - 1 for k in range(len(rounds)) if k + 1 == len(rounds) or rounds[k + 1] != rounds[k]}
-
-        def after(step: int) -> None:
-            if step in last:
-                kept.append((error(split.forget), {n: t.detach().clone() for n, t in e.tensors().items()}))
-
-        alternate(
-            e, *phases, lr=lr, momentum=momentum, weight_decay=weight_decay, decay=lambda k: decay ** rounds[k], after=after if rewind else None,
-        )  # fmt: skip
+        options = {"momentum": momentum, "weight_decay": weight_decay}
+        kept = []
+        for epoch in range(epochs) if rewind else ():
+            alternate(e, *[p for p, r in zip(phases, rounds, strict=True) if r == epoch], lr=lr * decay**epoch, **options)
+            kept.append((error(split.forget), {n: t.detach().clone() for n, t in e.tensors().items()}))
+        if not rewind:
+            alternate(e, *phases, lr=lr, decay=lambda k: decay ** rounds[k], **options)
         if rewind:
             unseen = split.validation.take(torch.isin(split.validation.y, split.forget.y.unique()).nonzero().squeeze(1))
             goal = error(unseen if len(unseen) else split.validation)

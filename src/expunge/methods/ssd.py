@@ -2,7 +2,8 @@
 
 Paper    Foster et al., "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening", AAAI 2024, arXiv:2308.07707.
 Forgets  records, class.          Needs    forget, retain.
-Scope    weights with I_f > alpha * I_D.   Forget  theta <- theta * min((lam * I_D / I_f)^exponent, 1).   Retain  none.   Update  one pass.   Leaves  Replace.
+Scope    weights with I_f > alpha * I_D.   Forget  theta <- theta * min((lam * I_D / I_f)^exponent, 1).   Retain  none.   Update  one pass.
+         Leaves  Replace.
 Settings
     alpha       how many times more important for forget a weight must be
     lam         strength: the factor is lam * I_D / I_f
@@ -10,7 +11,8 @@ Settings
     per_sample  importance from per-example gradients; false gives the published batch-mean form
     batch_size  examples per step
     buffers     move, freeze or recompute: what happens to batch-norm statistics
-Differs  The published importance squares batch-mean gradients, which depends on the batch size (per_sample=false). I_D is taken over forget and retain together.
+Differs  The published importance squares batch-mean gradients, which depends on the batch size (per_sample=false). I_D is taken over forget
+         and retain together.
 Check
     >>> import torch; from expunge.updates.oneshot import dampening
     >>> dampening(torch.ones(3), torch.tensor([5.0, 20.0, 100.0]), alpha=30, lam=1)
@@ -31,14 +33,14 @@ from expunge.updates.gradients import fisher
 from expunge.updates.oneshot import dampening
 
 
-@method(paper="arXiv:2308.07707", tasks=("classification", "regression"), needs=("forget", "retain"),
-    cost=lambda n, s: (n["forget"] + n["retain"], n["forget"] + n["retain"]), toy={"alpha": 3.0, "lam": 1.0})  # fmt: skip
+@method(paper="arXiv:2308.07707", tasks=("classification",), needs=("forget", "retain"),
+    cost=lambda n, s: (n["forget"] + n["retain"], n["forget"] + n["retain"]), toy={"alpha": 2.0, "lam": 0.5})  # fmt: skip
 def ssd(
     model: nn.Module,
     task: Task,
     split: Split,
     *,
-    alpha: float = 5.0,
+    alpha: float = 2.0,
     lam: float = 1.0,
     exponent: float = 1.0,
     per_sample: bool = True,

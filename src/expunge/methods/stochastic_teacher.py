@@ -12,7 +12,8 @@ Settings
     lr           step size of the second phase
     batch_size   examples per step
     buffers      move, freeze or recompute: what happens to batch-norm statistics
-Differs  No public code exists; losses and settings are a reading of the abstract and unverified. The random teacher is drawn once, in eval mode with batch-norm statistics recomputed on forget.
+Differs  No public code exists; losses and settings are a reading of the abstract and unverified. The random teacher is drawn once, in eval
+         mode with batch-norm statistics recomputed on forget.
 Check
     >>> import torch; from expunge.losses import kl; from expunge.types import Out
     >>> kl(Out(nll=torch.zeros(1), count=torch.ones(1), logits=torch.tensor([[2.0, 0.0]])), torch.zeros(1, 2))
