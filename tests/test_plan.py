@@ -30,7 +30,7 @@ def test_plan_is_sorted_and_says_why_not():
     salun = next(o for o in options if o.method == "salun")
     assert not salun.feasible
     assert "lacks retain" in salun.why
-    assert all(0 < o.share for o in feasible)
+    assert all(o.share > 0 for o in feasible)
 
 
 def test_selftest_catches_what_cannot_tell():

@@ -1,0 +1,302 @@
+"""The command line. Exit code 0: passed; 1: the gate refused; 2: bad input. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
+    rich_markup_mode=None,
+)  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
+ModelSpec = Annotated[str, typer.Option(help="py:module:factory, a function without arguments that returns the module.")]
+Weights = Annotated[str, typer.Option(help="Safetensors state dict of the model.")]
+Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) the patch.")]
+FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def main() -> None:
+    """Entry point: one line on standard error and exit code 2 for bad input."""
+    from expunge.errors import ExpungeError
+
+    try:
+        app()
+    except ExpungeError as error:
+        print(f"expunge: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def bar(quiet: bool) -> Iterator[Any]:
+    """A progress callable shown on standard error; None when quiet."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        line = progress.add_task("", total=None)
+        yield lambda text, done, total: progress.update(line, description=text, completed=done, total=total)
+
+
+def show(document: Any, as_json: bool) -> None:
+    """The report's table, or JSON."""
+    from expunge.report import table
+
+    if as_json:
+        print(table.dump({k: v for k, v in document.items() if k != "pictures"} if isinstance(document, dict) else document))
+        return
+    from rich.console import Console
+
+    Console().print(table.show(document))
+
+
+def settings(method: str, extra: list[str]) -> dict[str, Any]:
+    """`--keep 0.3 --soft` after a method -> its settings; raises SettingError with the nearest name."""
+    from expunge.errors import SettingError
+    from expunge.registry import METHODS
+
+    found: dict[str, Any] = {}
+    words = [part for word in extra for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise SettingError(f"cannot read '{word}'; write settings as --name value")
+        found[word[2:].replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
+    if found and not method:
+        raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
+    return METHODS[method].settings(found) if found else {}
+
+
+@app.command()
+def demo(out: str = "expunge-demo", seeds: int = 3, as_json: Json = False) -> None:
+    """Forget a class and 10 % of the records of real digits, audited against retraining. Takes about two minutes."""
+    import torch
+
+    from expunge import demo as main_job
+
+    torch.set_num_threads(1)
+    with bar(as_json) as progress:
+        result = main_job.demo(out, seeds=seeds, progress=progress)
+    if as_json:
+        show({**result, "scenarios": {k: {**v, "pictures": {}} for k, v in result["scenarios"].items()}}, True)
+        return
+    for name, document in result["scenarios"].items():
+        show(document, False)
+        print(f"{name}: report in {out}/{name}/report.html and report.json")
+        if name in result["reverted"]:
+            print(f"{name}: patch saved, applied and reverted; the reverted model is {'bit-identical' if result['reverted'][name] else 'NOT bit-identical'}")
+    print(f"{result['seconds']:.0f} seconds")
+
+
+def _recipe(model: str, weights: str, train: str, test: str, validation: str, forget: str, task: str, methods: list[str], references: list[str], **more: Any):
+    from expunge.recipe import Recipe
+
+    return Recipe(
+        model=model, train=train, forget=forget, folder=Path.cwd(), weights=weights, task=task, test=test, validation=validation or "share:0.3",
+        methods=methods, references=references, **more,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    train: str, forget: str, test: str = "", validation: str = "", task: str = "classification", retrain_epochs: float = 0.0, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3"""
+    from dataclasses import asdict
+
+    from expunge import plan as planner
+    from expunge.recipe import prepare
+    from expunge.report import table
+
+    chosen, split = prepare(_recipe("", "", train, test, validation, forget, task, [], []), inside=False)
+    options = planner.plan(chosen, split, retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None)
+    if as_json:
+        print(table.dump([asdict(o) for o in options]))  # pyright: ignore
+        return
+    for o in options:
+        cost = f"{o.forward + o.backward:,.0f} examples" + ("" if o.share is None else f", {100 * o.share:.1f} % of retraining")
+        print(f"{o.method:20} {o.assurance:12} {cost}" if o.feasible else f"{o.method:20} not feasible: {o.why}")
+
+
+@app.command(context_settings=FREE)
+def forget(
+    context: typer.Context, model: ModelSpec, train: Annotated[str, typer.Option(help="py:, csv:, parquet:, images: or world: data.")],
+    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30 or random:0.1")], weights: Weights = "", test: str = "",
+    validation: str = "", task: str = "classification", method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
+    reference: Annotated[list[str] | None, typer.Option(help="Weights of a retrained model; repeat for several.")] = None, retrain_epochs: float = 0.0,
+    seed: int = 0, out: str = "out", key_file: Key = "", as_json: Json = False,
+) -> None:  # fmt: skip
+    """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3)."""
+    from expunge import models
+    from expunge import plan as planner
+    from expunge.recipe import prepare
+    from expunge.report import html, table
+
+    given = {method: settings(method, context.args)} if context.args else {}
+    settings(method, context.args)
+    net = models.load(model, Path(weights) if weights else None)
+    chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [method] if method else [], []), inside=False)
+    references = [models.load(model, Path(r)) for r in reference or []]
+    with bar(as_json) as progress:
+        verdict = planner.forget(
+            net, chosen, split, references=references, methods=[method] if method else [], settings=given, seed=seed, folder=Path(out) / "checkpoints",
+            retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, progress=progress,
+        )  # fmt: skip
+    document = verdict.document(f"Forget {forget}")
+    if verdict.chosen is not None and verdict.chosen.attempt.patch is not None:
+        document["chosen"]["patch"] = verdict.chosen.attempt.patch.save(Path(out) / "patch.safetensors", _key(key_file)).name
+    html.write(document, Path(out) / "report.html")
+    table.write(document, Path(out) / "report.json")
+    show(document, as_json)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.command()
+def run(recipe: str, as_json: Json = False) -> None:
+    """Carry out a recipe file. Example: expunge run recipes/digits-class.toml"""
+    from expunge import recipe as recipes
+
+    with bar(as_json) as progress:
+        verdict, document = recipes.run(recipes.read(recipe), progress=progress)
+    show(document, as_json)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.command()
+def audit(
+    model: ModelSpec, weights: Annotated[str, typer.Option(help="Weights before.")], train: Annotated[str, typer.Option()], forget: Annotated[str, typer.Option()],
+    patch: Annotated[str, typer.Option(help="Patch to audit.")] = "", after: Annotated[str, typer.Option(help="Or: weights after.")] = "", test: str = "",
+    validation: str = "", task: str = "classification", reference: Annotated[list[str] | None, typer.Option()] = None, out: str = "", key_file: Key = "",
+    seed: int = 0, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Audit a patch, or weights from any other tool, against the model before and retrained references."""
+    from expunge import models
+    from expunge import plan as planner
+    from expunge.errors import SettingError
+    from expunge.patch import Patch
+    from expunge.recipe import prepare
+    from expunge.report import html, table
+
+    if bool(patch) == bool(after):
+        raise SettingError("name either --patch or --after")
+    before, now = models.load(model, Path(weights)), models.load(model, Path(after or weights))
+    if patch:
+        Patch.load(patch, _key(key_file)).apply(now)
+    chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
+    verdict = planner.audited(before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed)
+    document = verdict.document(f"Audit of {Path(patch or after).name}")
+    if out:
+        html.write(document, Path(out) / "report.html")
+        table.write(document, Path(out) / "report.json")
+    show(document, as_json)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.command()
+def apply(
+    patch: str,
+    model: ModelSpec,
+    weights: Weights,
+    out: Annotated[str, typer.Option(help="Where the new weights go.")],
+    key_file: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Write the weights with the patch applied, and OUT's inverse patch beside it (NAME.undo.safetensors), which restores every bit."""
+    _apply(patch, model, weights, out, key_file, as_json, undo=True)
+
+
+@app.command()
+def revert(
+    patch: str,
+    model: ModelSpec,
+    weights: Weights,
+    out: Annotated[str, typer.Option(help="Where the restored weights go.")],
+    key_file: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Apply an inverse patch: the weights before, bit for bit."""
+    _apply(patch, model, weights, out, key_file, as_json, undo=False)
+
+
+def _apply(patch: str, model: str, weights: str, out: str, key_file: str, as_json: bool, *, undo: bool) -> None:
+    from expunge import models
+    from expunge.patch import Patch
+
+    net = models.load(model, Path(weights) if weights else None)
+    inverse = Patch.load(patch, _key(key_file)).apply(net)
+    written = [str(models.save_state(net, out))]
+    if undo:
+        written.append(str(inverse.save(Path(out).with_suffix(".undo.safetensors"), _key(key_file))))
+    print(json.dumps({"written": written}) if as_json else "wrote " + " and ".join(written))
+
+
+@app.command()
+def inspect(patch: str, key_file: Key = "", as_json: Json = False) -> None:
+    """Show what a patch file holds, after checking its digest (and signature)."""
+    from expunge.patch import Patch
+
+    found = Patch.load(patch, _key(key_file))
+    names = [{"name": e.name, "kind": type(e).__name__, "places": int(getattr(e, "values", getattr(e, "up", None)).numel())} for e in found.edits]
+    if as_json:
+        print(json.dumps({"meta": dict(found.meta), "digest": found.digest, "edits": names}))
+        return
+    for key, value in found.meta.items():
+        print(f"{key:10} {value}")
+    print(f"digest     {found.digest}")
+    for e in names:
+        print(f"  {e['kind']:8} {e['name']:40} {e['places']:,} values")
+
+
+@app.command()
+def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
+    """List all methods, or show one's manual page with its settings. Example: expunge methods salun"""
+    from expunge.registry import METHODS
+
+    if name:
+        print(json.dumps({"name": name, "settings": METHODS[name].defaults, "manual": METHODS[name].manual}) if as_json else METHODS[name].manual)
+        return
+    listed = [
+        {"name": m.name, "tasks": m.tasks, "needs": m.needs, "assurance": m.assurance, "paper": m.paper, "what": m.manual.splitlines()[0]}
+        for m in METHODS.values()
+    ]
+    if as_json:
+        print(json.dumps(listed))
+        return
+    for m in listed:
+        print(f"{m['name']:20} {m['what']}")
+
+
+@app.command()
+def bench(world: str = "digits", methods: str = "all", seeds: int = 3, scenarios: str = "class,random", out: str = "bench-out", as_json: Json = False) -> None:
+    """Compare methods on a world (digits, diabetes, mnist, cifar10); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
+    import torch
+
+    from expunge.bench import run as runner
+    from expunge.bench.table import markdown
+    from expunge.report.table import strict
+
+    torch.set_num_threads(1)
+    with bar(as_json) as progress:
+        cells = runner.bench(world, "all" if methods == "all" else methods.split(","), seeds, tuple(scenarios.split(",")), out, progress=progress)
+    print(json.dumps(strict(cells)) if as_json else markdown(cells))
+
+
+def _key(path: str) -> bytes | None:
+    if not path:
+        return None
+    from expunge.errors import DataError
+
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the key file: {error.strerror}") from None
