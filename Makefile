@@ -1,6 +1,6 @@
 # make demo, make test: the environment is made on the first call and again only when pyproject.toml or constraints.txt change.
 SHELL := bash
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin

@@ -174,7 +174,8 @@ def run(recipe: str, as_json: Json = False) -> None:
 
 @app.command()
 def audit(
-    model: ModelSpec, weights: Annotated[str, typer.Option(help="Weights before.")], train: Annotated[str, typer.Option()], forget: Annotated[str, typer.Option()],
+    model: ModelSpec, weights: Annotated[str, typer.Option(help="Weights before.")],
+    train: Annotated[str, typer.Option()], forget: Annotated[str, typer.Option()],
     patch: Annotated[str, typer.Option(help="Patch to audit.")] = "", after: Annotated[str, typer.Option(help="Or: weights after.")] = "", test: str = "",
     validation: str = "", task: str = "classification", reference: Annotated[list[str] | None, typer.Option()] = None, out: str = "", key_file: Key = "",
     seed: int = 0, as_json: Json = False,

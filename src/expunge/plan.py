@@ -92,7 +92,7 @@ class Verdict:
         from expunge.report.pictures import pictures as draw
 
         p, chosen = self.probe, self.chosen
-        shown = chosen or next((t for t in reversed(self.tries) if t.attempt.patch is not None), None)
+        shown = chosen or next((t for t in reversed(self.tries) if t.attempt.patch is not None and t.attempt.seed == p.seed), None)
         after = None if shown is None else patched(p.before, shown.attempt)
         return {
             "title": title, "asked": p.split.asked or f"{len(p.split.forget)} records", "version": __version__,
@@ -211,7 +211,8 @@ def _notes(p: Probe, trials: Iterable[Trial]) -> tuple[str, ...]:
 def forget(
     model: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
-    retrain_passes: float | None = None, scales: Sequence[float] = SCALES, stop: bool = True, slow: bool = True, progress: Callable[[str, int, int], None] | None = None,
+    retrain_passes: float | None = None, scales: Sequence[float] = SCALES, stop: bool = True, slow: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
 

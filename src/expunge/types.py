@@ -20,6 +20,9 @@ Batch = dict[str, Any]
 """`x` inputs, `y` targets, `i` (B,) positions in the data set the batch was drawn from; other tasks add their own keys."""
 
 IGNORE = -100
+
+Data = Any
+"""A sequence of examples, or None where a part is missing; in memory it is `Examples`."""
 BUFFERS = ("move", "freeze", "recompute")
 
 
@@ -73,11 +76,11 @@ class Split:
     asked        the request in the words of the selector, as `class:3` or `ids:17,42`
     """
 
-    forget: Sequence
-    retain: Sequence | None = None
-    test: Sequence | None = None
-    validation: Sequence | None = None
-    anchor: Sequence | None = None
+    forget: Data
+    retain: Data = None
+    test: Data = None
+    validation: Data = None
+    anchor: Data = None
     asked: str = ""
 
     def parts(self) -> dict[str, Sequence]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,13 @@ class Scores:
 
     nll: Tensor
     """(N,) training loss per unit."""
-    logits: Tensor | None
+    logits: Any
     """(N, C) for classifiers."""
-    labels: Tensor | None
+    labels: Any
     """(N,)"""
-    pred: Tensor | None
+    pred: Any
     """(N, ...) for regressors."""
-    target: Tensor | None
+    target: Any
 
     @property
     def correct(self) -> Tensor:

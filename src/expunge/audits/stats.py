@@ -28,7 +28,7 @@ def auc(high: Tensor, low: Tensor) -> tuple[float, float, float]:
     """P(high > low) + P(equal) / 2 for scores (N,) and (M,), with Hanley-McNeil bounds.
 
     >>> [round(v, 3) for v in auc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))]
-    [0.875, 0.366, 1.0]
+    [0.875, 0.464, 1.0]
     """
     n, m = len(high), len(low)
     if n == 0 or m == 0:

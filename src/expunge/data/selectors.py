@@ -58,7 +58,7 @@ def _range(value: str, train: Examples, _: Path) -> Tensor:
     return (train.y >= low) & (train.y <= high)
 
 
-def _random(value: str, train: Examples, _: Path) -> Tensor:
+def _random(value: str, train: Examples, folder: Path) -> Tensor:
     share, _, seed = value.partition("@")
     try:
         n, generator = int(float(share) * len(train)), torch.Generator().manual_seed(int(seed or 0))

@@ -11,6 +11,7 @@ from expunge.types import Out
 def nll(out: Out) -> Tensor:
     """Training loss per unit.
 
+    >>> import torch
     >>> nll(Out(nll=torch.tensor([4.0]), count=torch.tensor([2.0])))
     tensor([2.])
     """
@@ -22,6 +23,7 @@ def kl(out: Out, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     `teacher` are logits (B, C). The gradient with respect to the student's logits at T = 1 is p_student - p_teacher.
 
+    >>> import torch
     >>> student = Out(nll=torch.zeros(1), count=torch.ones(1), logits=torch.tensor([[2.0, 0.0]]))
     >>> kl(student, torch.zeros(1, 2), temperature=4.0), kl(student, torch.zeros(1, 2))
     (tensor([0.4949]), tensor([0.4338]))
@@ -32,6 +34,7 @@ def kl(out: Out, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
 def kl_to(out: Out, target: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL( target || softmax(logits / T) ) for target probabilities (B, C), without the T^2 factor, (B,).
 
+    >>> import torch
     >>> student = Out(nll=torch.zeros(1), count=torch.ones(1), logits=torch.tensor([[2.0, 0.0]]))
     >>> kl_to(student, torch.tensor([[0.5, 0.5]]))
     tensor([0.4338])

@@ -75,7 +75,7 @@ def prune_unlearn(
     return e.patch
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+def prunable(model: nn.Module) -> dict[str, Tensor]:
     """Weights of convolution and linear layers, the last linear layer left out."""
     last = head(model)[1]
     kinds = (nn.Linear, nn.modules.conv._ConvNd)

@@ -55,7 +55,7 @@ def random_label(
         out = task.forward(model, batch)
         noise = random_labels(out.labels, out.logits.shape[-1], other=other)
         gone = (batch["i"] < n).to(out.labels.device)
-        return relabel(out, torch.where(gone, noise, out.labels)).mean()
+        return relabel(out, torch.where(gone, noise, batch["y"].to(noise.device))).mean()
 
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
         e.train()

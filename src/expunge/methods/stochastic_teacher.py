@@ -35,7 +35,8 @@ from expunge.updates.descend import descend
 
 
 @method(paper="arXiv:2308.14322", tasks=("classification",), needs=("forget", "retain"),
-    cost=lambda n, s: ((s["erase"] + 1) * n["forget"] + (s["rebuild"] + (not s["labels"])) * n["retain"], s["erase"] * n["forget"] + s["rebuild"] * n["retain"]),
+    cost=lambda n, s: ((s["erase"] + 1) * n["forget"] + (s["rebuild"] + (not s["labels"])) * n["retain"],
+        s["erase"] * n["forget"] + s["rebuild"] * n["retain"]),
     toy={"erase": 8.0, "lr_erase": 0.003, "rebuild": 1.0})  # fmt: skip
 def stochastic_teacher(
     model: nn.Module,
