@@ -14,7 +14,19 @@ from expunge.bench.worlds import SCENARIOS, world
 from expunge.report import html, table
 from expunge.run import model_digest
 
-METHODS = ("gradient_ascent", "negrad_plus", "random_label", "salun", "scrub", "bad_teacher", "ssd", "boundary_expand", "fine_tune", "reset_fine_tune")
+METHODS = (
+    "gradient_ascent",
+    "negrad_plus",
+    "random_label",
+    "salun",
+    "scrub",
+    "bad_teacher",
+    "ssd",
+    "fisher_forgetting",
+    "boundary_expand",
+    "fine_tune",
+    "reset_fine_tune",
+)
 """What the demo compares, besides the retrained reference."""
 
 

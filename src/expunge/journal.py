@@ -73,9 +73,11 @@ class Journal:
 
     def clear(self) -> None:
         """The run is finished and its patch is safe: its checkpoints, which hold the forgotten knowledge, go."""
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("*.safetensors"):
             if re.fullmatch(r"(phase|step)-[\d-]+\.safetensors", path.name):
                 path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _write(self, name: str, tensors: dict[str, Tensor], losses: list[float], watch: Guard, **facts: Any) -> None:
         from safetensors.torch import save
