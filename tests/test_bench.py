@@ -61,4 +61,6 @@ def test_table_ranks_only_valid_worlds():
     order = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ") and "method" not in line]
     assert order == ["b", "a", "nothing", "broken"]
     assert "0.5 (0.4 to 0.6)" in text
-    assert "not valid for ranking" in table.apart([_cell("nothing", 0.0, far=0.6)])
+    near = [_cell("nothing", 0.0, far=0.6), _cell("b", 0.9, far=0.6), _cell("a", 0.1, far=0.6)]
+    assert "not valid for ranking" in table.apart(near)
+    assert table.ranked(near) == ["a", "b", "nothing"]

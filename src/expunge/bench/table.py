@@ -52,17 +52,27 @@ def apart(cells: Sequence[Mapping[str, Any]]) -> str:
     floor = [r["klom_floor.forget"]["value"] for r in rows if "klom_floor.forget" in r]
     if not far:
         return "No retrained models: methods cannot be ranked."
-    valid = all(a > 1.5 * b for a, b in zip(far, floor, strict=True))
-    end = "Ranked by gap closed." if valid else "Doing nothing is as close as retraining: this world is not valid for ranking, the order is alphabetical."
+    end = (
+        "Ranked by gap closed." if valid(cells) else "Doing nothing is as close as retraining: this world is not valid for ranking, the order is alphabetical."
+    )
     return f"KLOM on forget: doing nothing {_spread(far)}, floor {_spread(floor)}. {end}"
+
+
+def valid(cells: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether doing nothing is more than 1.5 floors away on the forget set, on every seed."""
+    rows = [by_name(c) for c in cells if c["method"] == NOTHING]
+    pairs = [(r["klom_before.forget"]["value"], r["klom_floor.forget"]["value"]) for r in rows if "klom_before.forget" in r]
+    return bool(pairs) and all(far > 1.5 * floor for far, floor in pairs)
 
 
 def ranked(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Methods by mean gap closed where the world is valid; the rest after them by name."""
 
+    trusted = valid(cells)
+
     def key(method: str) -> tuple[float, str]:
         values = [_value(c, "gap_closed.klom", 1) for c in cells if c["method"] == method]
-        good = [v for v in values if v is not None and math.isfinite(v)]
+        good = [v for v in values if v is not None and math.isfinite(v)] if trusted else []
         return (-sum(good) / len(good) if good else math.inf, method)
 
     return sorted({c["method"] for c in cells}, key=key)
