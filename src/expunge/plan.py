@@ -183,9 +183,9 @@ def audited(
     return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, baselines(p), _notes(p, trials))
 
 
-def _audit(p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial], slow: bool = True) -> Try:
+def _audit(p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial], slow: bool = True, checks: Sequence[str] = ()) -> Try:
     probe = replace(p, after=after, cost={**p.cost, **attempt.cost})
-    rows = tuple(audit(probe, slow=slow))
+    rows = tuple(audit(probe, checks, slow=slow))
     return Try(attempt, rows, tuple(judge(rows, trials)))
 
 
@@ -212,7 +212,7 @@ def forget(
     model: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = SCALES, stop: bool = True, slow: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    checks: Sequence[str] = (), progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
 
@@ -220,6 +220,7 @@ def forget(
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user; such a method is run once, as given
     scales          multiples of the method's strength to try on validation; (1.0,) runs defaults only. Without validation there is no tuning
+    checks          only these checks; the default is all that apply
     slow            False leaves out checks that train (relearning)
     stop            False: audit every method, choose the cheapest that passes
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
@@ -249,7 +250,7 @@ def forget(
         good = [t for t in runs if t.attempt.outcome == "ok"]
         if good:
             top = max(good, key=lambda t: t.score if t.score is not None else 0.0)
-            seen = _audit(p, top.attempt, patched(model, top.attempt), trials, slow)
+            seen = _audit(p, top.attempt, patched(model, top.attempt), trials, slow, checks)
             runs = [
                 replace(seen, score=t.score) if t is top else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
                 for t in runs
