@@ -75,6 +75,14 @@ def test_best_on_validation_is_kept():
     assert kept.patch.digest == short.patch.digest
 
 
+def test_a_method_with_several_sessions_can_be_validated():
+    """SLUG opens one session per layer tried; each is settled on its own tensors."""
+    model, task, split = small("classification")
+    scores = iter(range(100, 0, -1))
+    attempt = unlearn("slug", model, task, split, guard=Guard(validate=lambda _: float(next(scores)), every=1))
+    assert attempt.outcome in ("ok", "no_op")
+
+
 def test_patience_stops():
     model, task, split = small("classification")
     attempt = unlearn("salun", model, task, split, epochs=9, batch_size=4, guard=Guard(validate=lambda _: 0.0, every=1, patience=2))

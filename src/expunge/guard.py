@@ -172,6 +172,7 @@ class Guard:
             with torch.no_grad():
                 for name, value in kept.items():
                     tensors[name].copy_(value)
+        self.best = None
 
 
 @contextlib.contextmanager
