@@ -129,10 +129,10 @@ class Out:
     """(B,) training loss per example, summed over its units."""
     count: Tensor
     """(B,) units summed: answer tokens; 1 for an image."""
-    logits: Tensor | None = None
-    """(B, C) or (B, T, V), already aligned with labels."""
-    labels: Tensor | None = None
-    """(B,) or (B, T), IGNORE where a unit does not count."""
+    logits: Any = None
+    """(B, C) or (B, T, V) tensor, already aligned with labels; None where a task has none."""
+    labels: Any = None
+    """(B,) or (B, T) tensor, IGNORE where a unit does not count."""
     pred: Tensor | None = None
     """(B, ...) value, noise estimate or image."""
     target: Tensor | None = None

@@ -6,12 +6,13 @@ Scope    all weights.   Forget  KL(random teacher || student).   Retain  KL(orig
 Settings
     epochs       passes over forget and the drawn share of retain
     share        share of retain that is mixed in, 0..1
-    temperature  of the student's softmax
+    temperature  of both softmaxes
     reduction    batchmean (sum over classes, mean over examples) or mean (divides by classes too, as published)
     lr           step size
     batch_size   examples per step
     buffers      move, freeze or recompute: what happens to batch-norm statistics
-Differs  The published loss divides by the number of classes (reduction=mean), which makes lr mean something else in other code.
+Differs  Teacher logits are computed once unless data is augmented. The published loss divides by the number of classes
+         (reduction=mean), which makes lr mean something else in other code; published otherwise: lr 1e-4, 1 epoch, batches of 256.
 Check
     >>> import torch
     >>> student = torch.tensor([[2.0, 0.0]])
@@ -28,17 +29,22 @@ from torch import Tensor, nn
 
 from expunge.errors import SettingError
 from expunge.losses import kl_to
+from expunge.losses.distil import targets
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
-from expunge.training import fresh, outputs
+from expunge.training import fresh
 from expunge.types import Split, Task, concat
 from expunge.updates.descend import descend
 
 
+def _mixed(n, share: float) -> int:
+    return n["forget"] + max(1, int(share * n["retain"]))
+
+
 @method(paper="arXiv:2205.08096", tasks=("classification",), needs=("forget", "retain"),
-    cost=lambda n, s: ((s["epochs"] + 1) * (n["forget"] + s["share"] * n["retain"]), s["epochs"] * (n["forget"] + s["share"] * n["retain"])),
+    cost=lambda n, s: ((s["epochs"] + 1) * _mixed(n, s["share"]), s["epochs"] * _mixed(n, s["share"])),
     toy={"epochs": 4.0, "lr": 0.003})  # fmt: skip
 def bad_teacher(
     model: nn.Module,
@@ -57,14 +63,24 @@ def bad_teacher(
     """See the module's docstring."""
     if reduction not in ("batchmean", "mean") or not 0 < share <= 1:
         raise SettingError(f"reduction must be batchmean or mean and share in (0, 1]; found '{reduction}' and {share}")
-    n = max(1, int(share * len(split.retain)))
-    kept = split.retain.take(torch.randperm(len(split.retain), generator=torch.Generator().manual_seed(seed))[:n])
+    n, order = len(split.forget), torch.randperm(len(split.retain), generator=torch.Generator().manual_seed(seed))
+    kept = split.retain.take(order[: max(1, int(share * len(split.retain)))])
     mixed = concat(split.forget, kept)
-    target = torch.cat([outputs(fresh(model, seed), task, split.forget), outputs(model, task, kept)]).softmax(-1)
+    bad, good = targets(fresh(model, seed), task, split.forget), targets(model, task, kept)
+
+    def target(batch) -> Tensor:
+        gone = batch["i"] < n
+        logits = [
+            teacher({key: value[mask] for key, value in batch.items()} | {"i": batch["i"][mask] - first})
+            for teacher, mask, first in ((bad, gone, 0), (good, ~gone, n))
+            if bool(mask.any())
+        ]
+        places = torch.cat([gone.nonzero(), (~gone).nonzero()]).squeeze(1).argsort()
+        return (torch.cat(logits)[places] / temperature).softmax(-1)
 
     def loss(batch) -> Tensor:
         out = task.forward(model, batch)
-        value = kl_to(out, target[batch["i"]], temperature=temperature).mean()
+        value = kl_to(out, target(batch), temperature=temperature).mean()
         return value / out.logits.shape[-1] if reduction == "mean" else value
 
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:

@@ -2,10 +2,11 @@
 
 Paper    Golatkar et al., CVPR 2020, arXiv:1911.04933.
 Forgets  records, class.          Needs    forget, retain.
-Scope    all weights.   Forget  CE(f(x), y'), y' random, drawn anew each batch.   Retain  CE.   Update  one shuffled pass over both.   Leaves  Replace.
+Scope    all weights.   Forget  CE(f(x), y'), y' random.   Retain  CE.   Update  one shuffled pass over both.   Leaves  Replace.
 Settings
     epochs        passes over forget and retain together
     other         draw among the wrong labels only
+    fixed         draw one label per record before training; otherwise a new one each time the record is seen
     lr            step size
     momentum      of SGD
     weight_decay  of the optimiser
@@ -28,12 +29,14 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
+from expunge.training import outputs
 from expunge.types import Split, Task, concat
 from expunge.updates.descend import descend
 
 
 @method(paper="arXiv:1911.04933", tasks=("classification",), needs=("forget", "retain"),
-    cost=lambda n, s: (s["epochs"] * (n["forget"] + n["retain"]), s["epochs"] * (n["forget"] + n["retain"])), toy={"epochs": 3.0, "lr": 0.05})  # fmt: skip
+    cost=lambda n, s: (s["epochs"] * (n["forget"] + n["retain"]) + s["fixed"], s["epochs"] * (n["forget"] + n["retain"])),
+    toy={"epochs": 3.0, "lr": 0.05})  # fmt: skip
 def random_label(
     model: nn.Module,
     task: Task,
@@ -41,6 +44,7 @@ def random_label(
     *,
     epochs: float = 2.0,
     other: bool = True,
+    fixed: bool = False,
     lr: float = 0.02,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
@@ -50,12 +54,13 @@ def random_label(
 ) -> Patch:
     """See the module's docstring."""
     mixed, n = concat(split.forget, split.retain), len(split.forget)
+    drawn = random_labels(split.forget.y, outputs(model, task, split.forget.take([0])).shape[-1], other=other) if fixed else None
 
     def loss(batch) -> Tensor:
         out = task.forward(model, batch)
-        noise = random_labels(out.labels, out.logits.shape[-1], other=other)
+        noise = random_labels(out.labels, out.logits.shape[-1], other=other) if drawn is None else drawn[batch["i"].clamp(max=n - 1)]
         gone = (batch["i"] < n).to(out.labels.device)
-        return relabel(out, torch.where(gone, noise, batch["y"].to(noise.device))).mean()
+        return relabel(out, torch.where(gone, noise.to(out.labels.device), out.labels)).mean()
 
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
         e.train()

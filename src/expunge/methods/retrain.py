@@ -12,7 +12,8 @@ Settings
     weight_decay  of the optimiser
     batch_size    examples per step
     buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  An initialisation that the model's constructor adds on top of `reset_parameters` is not repeated.
+Differs  An initialisation that the model's constructor adds on top of `reset_parameters` is not repeated. Weights that are frozen
+         (requires_grad=False) stay as they are: the claim `exact` then holds only if they never saw the forget set.
 Check
     >>> from expunge.registry import METHODS
     >>> METHODS["retrain"].assurance

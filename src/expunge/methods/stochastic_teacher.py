@@ -4,16 +4,18 @@ Paper    Zhang et al., "Machine Unlearning Methodology base on Stochastic Teache
 Forgets  records, class.          Needs    forget, retain.
 Scope    all weights.   Forget  T^2 KL(random || student).   Retain  KL(original || student) or CE.   Update  two phases, Adam.   Leaves  Replace.
 Settings
-    erase        passes over the forget set in the first phase
-    rebuild      passes over the retain set in the second phase
-    temperature  T of both divergences
-    labels       rebuild with CE on labels instead of distillation
-    lr_erase     step size of the first phase
-    lr           step size of the second phase
-    batch_size   examples per step
-    buffers      move, freeze or recompute: what happens to batch-norm statistics
-Differs  No public code exists; losses and settings are a reading of the abstract and unverified. The random teacher is drawn once, in eval
-         mode with batch-norm statistics recomputed on forget.
+    erase         passes over the forget set in the first phase
+    rebuild       passes over the retain set in the second phase
+    temperature   T of both divergences
+    redraw_every  never, epoch or batch of the first phase: when the random network is drawn anew
+    labels        rebuild with CE on labels instead of distillation
+    lr_erase      step size of the first phase
+    lr            step size of the second phase
+    batch_size    examples per step
+    buffers       move, freeze or recompute: what happens to batch-norm statistics
+Differs  No public code exists; losses and settings are a reading of the abstract and unverified. The random teacher runs in
+         eval mode with batch-norm statistics recomputed on forget (on the batch, with redraw_every=batch). Redrawing drives the mean target
+         towards uniform, an entropy that retraining does not give. Teacher logits are computed once unless data is augmented.
 Check
     >>> import torch; from expunge.losses import kl; from expunge.types import Out
     >>> kl(Out(nll=torch.zeros(1), count=torch.ones(1), logits=torch.tensor([[2.0, 0.0]])), torch.zeros(1, 2))
@@ -22,52 +24,81 @@ Check
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
+from expunge import guard
+from expunge.errors import SettingError
 from expunge.losses import kl, nll
+from expunge.losses.distil import targets
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit, recompute
-from expunge.training import fresh, outputs
-from expunge.types import Split, Task
+from expunge.training import fresh
+from expunge.types import Batch, Paired, Split, Task
 from expunge.updates.descend import descend
+
+REDRAWS = ("never", "epoch", "batch")
+
+
+def _cost(n, s) -> tuple[float, float]:
+    trained = s["erase"] * n["forget"] + s["rebuild"] * n["retain"]
+    drawn = {"never": 1, "epoch": math.ceil(s["erase"]), "batch": s["erase"]}[s["redraw_every"]]
+    return trained + 2 * drawn * n["forget"] + (not s["labels"]) * n["retain"], trained
 
 
 @method(paper="arXiv:2308.14322", tasks=("classification",), needs=("forget", "retain"),
-    cost=lambda n, s: ((s["erase"] + 1) * n["forget"] + (s["rebuild"] + (not s["labels"])) * n["retain"],
-        s["erase"] * n["forget"] + s["rebuild"] * n["retain"]),
+    cost=_cost,
     toy={"erase": 8.0, "lr_erase": 0.003, "rebuild": 1.0})  # fmt: skip
 def stochastic_teacher(
     model: nn.Module,
     task: Task,
     split: Split,
     *,
-    erase: float = 2.0,
+    erase: float = 4.0,
     rebuild: float = 1.0,
     temperature: float = 1.0,
+    redraw_every: str = "never",
     labels: bool = False,
-    lr_erase: float = 0.001,
+    lr_erase: float = 0.003,
     lr: float = 0.001,
     batch_size: int = 64,
     buffers: str = "move",
     seed: int = 0,
 ) -> Patch:
     """See the module's docstring."""
-    random = fresh(model, seed)
-    recompute(random, task.batches(split.forget, 256))
-    noise = outputs(random, task, split.forget)
-    teacher = noise if labels else outputs(model, task, split.retain)
+    if redraw_every not in REDRAWS:
+        raise SettingError(f"redraw_every must be one of {', '.join(REDRAWS)}, not '{redraw_every}'")
+    erasing = task.batches(split.forget, batch_size, epochs=erase, seed=seed)
+    every = {"never": len(erasing), "epoch": erasing.per_epoch, "batch": 1}[redraw_every]
+    teacher = None if labels else targets(model, task, split.retain)
+    drawn: dict[int, Callable[[Batch], Tensor]] = {}
 
-    def forget(batch) -> Tensor:
-        return kl(task.forward(model, batch), noise[batch["i"]], temperature=temperature).mean()
+    def noise(number: int, batch: Batch) -> Tensor:
+        if number not in drawn:
+            drawn.clear()
+            random = fresh(model, seed + number)
+            recompute(random, [batch] if every == 1 else task.batches(split.forget, 256))
+            guard.current().meter.add(forward=len(batch["i"]) if every == 1 else len(split.forget))
+            if every == 1:
+                with guard.quiet(random):
+                    return task.forward(random, batch).logits
+            drawn[number] = targets(random, task, split.forget)
+        return drawn[number](batch)
+
+    def forget(pair) -> Tensor:
+        batch, step = pair
+        return kl(task.forward(model, batch), noise(step // every, batch), temperature=temperature).mean()
 
     def retain(batch) -> Tensor:
         out = task.forward(model, batch)
-        return (nll(out) if labels else kl(out, teacher[batch["i"]], temperature=temperature)).mean()
+        return (nll(out) if teacher is None else kl(out, teacher(batch), temperature=temperature)).mean()
 
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
         e.train()
-        descend(e, forget, task.batches(split.forget, batch_size, epochs=erase, seed=seed), lr=lr_erase, optimizer="adam")
+        descend(e, forget, Paired(erasing, range(len(erasing))), lr=lr_erase, optimizer="adam")
         descend(e, retain, task.batches(split.retain, batch_size, epochs=rebuild, seed=seed + 1), lr=lr, optimizer="adam")
     return e.patch

@@ -1,94 +1,264 @@
-"""The same cells for terminal, Markdown and HTML; strict JSON for files."""
+"""The same cells for terminal, Markdown and HTML; strict JSON for files.
+
+A document is the JSON-able dict of `plan.Verdict.document`; every key but its title may be missing or empty.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import numbers
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from expunge.patch import write as write_file
 
-COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("forget accuracy", ("accuracy.forget", "error.forget")),
-    ("test accuracy", ("accuracy.test", "error.test")),
-    ("gap closed", ("gap_closed.klom",)),
-    ("retain / floor", ("klom_ratio.retain",)),
-    ("loss AUC", ("membership.loss_auc",)),
-    ("average gap", ("average_gap",)),
-)
-"""Heading and the first row found among the named ones (regression reads errors)."""
+MISSING = "not measurable"
+"""What stands for nan, infinities and values that are not numbers."""
 
-HEADINGS = ("method", "seed", *(name for name, _ in COLUMNS), "share of retraining", "outcome")
+KEY = {
+    "accuracy.forget": "forget accuracy",
+    "accuracy.forget_test": "same classes, unseen",
+    "accuracy.test": "test accuracy",
+    "error.forget": "forget error",
+    "error.test": "test error",
+    "drop.test": "lost on test",
+    "drop.retain": "lost on retain",
+    "gap_closed.klom": "gap closed",
+    "membership.excess": "membership excess",
+    "membership.loss_auc": "membership AUC",
+    "klom_ratio.retain": "retain KLOM / floor",
+    "average_gap": "average gap",
+}
+"""Row name and heading of the key figures, in the order of columns. Rows that a rule reads come first, whatever they are."""
+
+BASELINES = {"original": "original, untouched", "retrained": "retrained, held out"}
 
 
-def number(value: float | None) -> str:
-    """Three figures; "not measurable" for what is not a number."""
-    return "not measurable" if value is None or not math.isfinite(value) else f"{value:.3g}"
+@dataclass(frozen=True)
+class Column:
+    """One key figure: the row it shows, its heading, and the rule that reads it ("" for none)."""
+
+    name: str
+    heading: str
+    rule: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a baseline or a method. `cells` has one text per column of `figures`."""
+
+    method: str
+    runs: str
+    cells: tuple[str, ...]
+    cost: str
+    outcome: str
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The cells in the order of `headings`."""
+        return (self.method, self.runs, *self.cells, self.cost, self.outcome)
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a number with a finite value; a truth value is not a number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> str:
+    """Three figures, thousands grouped; MISSING for what is not a finite number.
+
+    >>> number(0.97), number(-0.0), number(54321.0), number(float("nan")), number(None)
+    ('0.97', '0', '54,321', 'not measurable', 'not measurable')
+    """
+    if not finite(value):
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
 
 
 def interval(row: Mapping[str, Any] | None) -> str:
-    """Value with its bounds: 0.97 (0.95 to 0.98); "-" for a row that is not there."""
+    """Value, one-sided 95 % bounds and n of a row; "-" for a row that is not there. A count (no width, n of at most 1) is printed alone.
+
+    >>> interval({"value": 0.97, "low": 0.95, "high": 0.98, "n": 500})
+    '0.97 (0.95 to 0.98, n = 500)'
+    >>> interval({"value": 0.97, "low": 0.95, "high": float("inf"), "n": 500})
+    '0.97 (no interval, n = 500)'
+    """
     if row is None:
         return "-"
-    low, high = row.get("low"), row.get("high")
-    if row.get("value") is None or not math.isfinite(row["value"]):
-        return "not measurable"
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        return number(row["value"])
-    return f"{number(row['value'])} ({number(low)} to {number(high)})"
+    value, low, high, n = row.get("value"), row.get("low"), row.get("high"), row.get("n")
+    if not finite(value):
+        return MISSING
+    if low == value == high and (n is None or n == 1):
+        return number(value)
+    span = f"{number(low)} to {number(high)}" if finite(low) and finite(high) else "no interval"
+    return f"{number(value)} ({span}, n = {plain(n)})" if n is not None else f"{number(value)} ({span})"
 
 
-def lines(document: Mapping[str, Any]) -> list[list[str]]:
-    """One line of cells per baseline and per try, in the order of HEADINGS."""
-    out = [_line(name, "-", rows, "-", "baseline") for name, rows in document.get("baselines", {}).items()]
-    for t in document.get("tries", []):
-        share = t.get("cost", {}).get("share")
-        outcome = "pass" if t.get("passed") else ("not passed" if t.get("outcome") == "ok" else t.get("outcome", ""))
-        out.append(_line(t["method"], str(t.get("seed", "")), t.get("rows", []), "-" if share is None else f"{100 * share:.3g} %", outcome))
-    return out
+def plain(value: Any) -> str:
+    """One line of text: characters that do not print (line breaks, escape codes) become spaces, None becomes ""."""
+    return "" if value is None else "".join(c if c.isprintable() else " " for c in str(value))
 
 
-def _line(name: str, seed: str, rows: list[Mapping[str, Any]], share: str, outcome: str) -> list[str]:
-    found = {r["name"]: r for r in rows}
-    cells = [interval(next((found[n] for n in names if n in found), None)) for _, names in COLUMNS]
-    return [name, seed, *cells, share, outcome]
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def items(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings in a list; empty for None and what is no list."""
+    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, (list, tuple)) else []
+
+
+def texts(value: Any) -> list[str]:
+    """The entries of a list as text; empty for None and what is no list."""
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else []
+
+
+def passed(document: Mapping[str, Any]) -> bool:
+    """True only if the document holds a verdict that says so."""
+    return mapping(document.get("verdict")).get("passed") is True
+
+
+def share(cost: Any) -> str:
+    """Cost as a percentage of retraining; "-" when it is not known."""
+    value = mapping(cost).get("share")
+    return f"{100 * value:.3g} %" if finite(value) else "-"
+
+
+def figures(document: Mapping[str, Any], most: int = 6) -> list[Column]:
+    """The columns this document has values for: rows that a rule reads first, then those of KEY, at most `most`."""
+    groups = [*mapping(document.get("baselines")).values(), *(t.get("rows") for t in items(document.get("tries")))]
+    have = {row.get("name") for rows in groups for row in items(rows)}
+    rules = {plain(name): plain(rule) for name, rule in mapping(document.get("rules")).items()}
+    names = [name for name in [*rules, *(k for k in KEY if k not in rules)] if name in have]
+    return [Column(name, KEY.get(name, name), rules.get(name, "")) for name in names[:most]]
+
+
+def headings(document: Mapping[str, Any]) -> list[str]:
+    """Headings of the table, one per cell of a line."""
+    return ["method", "runs", *(c.heading for c in figures(document)), "share of retraining", "outcome"]
+
+
+def columns(document: Mapping[str, Any]) -> list[Line]:
+    """One line per baseline and per method.
+
+    One audited run: value (low to high, n). Several (seeds): mean (smallest to largest, how many runs); runs in which a figure could not
+    be measured are left out of its mean and counted, as `2 of 3 runs`.
+    """
+    shown = figures(document)
+    lines = []
+    for name, rows in mapping(document.get("baselines")).items():
+        lines.append(Line(BASELINES.get(name, plain(name)), "-", tuple(interval(_row(items(rows), c.name)) for c in shown), "-", "baseline"))
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for t in items(document.get("tries")):
+        methods.setdefault(plain(t.get("method")), []).append(t)
+    for name, tries in methods.items():
+        audited = [t for t in tries if items(t.get("rows"))]
+        cells = tuple(_cell([_row(items(t.get("rows")), c.name) for t in audited]) for c in shown)
+        costs = [v for t in audited or tries if finite(v := mapping(t.get("cost")).get("share"))]
+        cost = share({"share": sum(costs) / len(costs)}) if costs else "-"
+        lines.append(Line(name, str(len(audited)) if audited else "-", cells, cost, _outcomes(tries)))
+    return lines
+
+
+def _row(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
+    return next((r for r in rows if r.get("name") == name), None)
+
+
+def _cell(rows: Sequence[Mapping[str, Any] | None]) -> str:
+    there = [r for r in rows if r is not None]
+    if len(there) < 2:
+        return interval(there[0] if there else None)
+    values = [r["value"] for r in there if finite(r.get("value"))]
+    if not values:
+        return MISSING
+    count = f"{len(values)} runs" if len(values) == len(rows) else f"{len(values)} of {len(rows)} runs"
+    return f"{number(sum(values) / len(values))} ({number(min(values))} to {number(max(values))}, {count})"
+
+
+def _outcomes(tries: Sequence[Mapping[str, Any]]) -> str:
+    """What became of all tries of one method: `passed`, or counts as `2 passed, 1 diverged`."""
+    counts = Counter(outcome(t) for t in tries)
+    return (
+        next(iter(counts))
+        if len(tries) == 1
+        else ", ".join(f"{counts[what]} {what}" for what in sorted(counts, key=lambda w: (w != "passed", w != "not passed", w)))
+    )
+
+
+def outcome(t: Mapping[str, Any]) -> str:
+    """`passed`, `not passed`, `not audited` or the run's own outcome (no_op, diverged, refused) in words."""
+    if t.get("outcome", "ok") != "ok":
+        return plain(t.get("outcome")).replace("_", " ")
+    return "passed" if t.get("passed") is True else "not passed" if items(t.get("rows")) else "not audited"
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """The table as Markdown."""
-    rows = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    return "\n".join(rows + ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines(document)])
+    """The table as Markdown; marks in names are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+
+    heads = headings(document)
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *(line(each.all) for each in columns(document))])
 
 
-def show(document: Mapping[str, Any]) -> Any:
-    """The table for a terminal: a `rich` group of verdict, reasons and table."""
-    from rich.console import Group
+def _escaped(text: str) -> str:
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(mark, safe)
+    return "".join(f"\\{c}" if c in "\\|[]`*" else c for c in text)
+
+
+def terminal(document: Mapping[str, Any]) -> Any:
+    """The table as a `rich.table.Table`: the cells of `columns`, intervals on a line of their own."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=str(document.get("title", "")))
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for line in lines(document):
-        table.add_row(*[Text(cell) for cell in line])
-    verdict = document.get("verdict", {})
-    head = Text("PASS" if verdict.get("passed") else "NOT PASSED", style="bold green" if verdict.get("passed") else "bold red")
-    return Group(table, head, *[Text(f"  {reason}") for reason in [*verdict.get("reasons", []), *document.get("notes", [])]])
+    table = Table(box=box.SIMPLE_HEAD, title=Text(plain(document.get("title")), style="bold"), title_justify="left", pad_edge=False)
+    for heading in headings(document):
+        table.add_column(Text(heading), min_width=max(map(len, heading.split())), no_wrap=heading == "method")
+    for line in columns(document):
+        table.add_row(*(Text(_broken(cell)) for cell in line.all))
+    return table
+
+
+def _broken(cell: str) -> str:
+    """`0.97 (0.95 to 0.98, n = 500)` over three lines, anything else as it is."""
+    value, bracket, rest = cell.partition(" (")
+    return f"{value}\n" + rest.removesuffix(")").replace(", ", "\n") if bracket and rest.endswith(")") else cell
+
+
+def show(document: Mapping[str, Any]) -> Any:
+    """For a terminal: a `rich` group of table, verdict, reasons and notes."""
+    from rich.console import Group
+    from rich.text import Text
+
+    good = passed(document)
+    head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
+    said = [*texts(mapping(document.get("verdict")).get("reasons")), *texts(document.get("notes"))]
+    return Group(terminal(document), head, *[Text(f"  {reason}") for reason in said])
 
 
 def strict(value: Any) -> Any:
-    """The same structure with nan and infinities as None, tuples as lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    """The same structure with nan and infinities as None, tuples as lists, keys as text, NumPy scalars as numbers."""
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(k): strict(v) for k, v in value.items()}
     return [strict(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def dump(document: Mapping[str, Any]) -> str:
-    """Strict JSON, readable by any tool.
+    """Strict JSON, readable by any tool: no NaN, no Infinity.
 
     >>> dump({"a": float("nan")})
     '{\\n  "a": null\\n}'
@@ -97,5 +267,5 @@ def dump(document: Mapping[str, Any]) -> str:
 
 
 def write(document: Mapping[str, Any], path: str | Path) -> Path:
-    """Write report.json whole or not at all."""
+    """Write report.json whole or not at all. Raises PatchError when it cannot be written."""
     return write_file(path, dump(document))

@@ -1,6 +1,12 @@
-"""Gradients of whole data sets: per-example squares (the diagonal Fisher) and batch-mean squares."""
+"""Gradients of whole data sets: per-example squares (the diagonal Fisher), batch-mean squares, and per-example gradients as rows.
+
+All run in eval mode under `torch.func`, in chunks, and change nothing about the model. What they cost is added to the meter by hand, since
+a forward pass under a transform cannot be watched. Sources: cards corrective (SSD importance) and l1-sparse (FF, IU).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,49 +15,70 @@ from torch.func import functional_call, grad, vmap
 from expunge import guard
 from expunge.types import Task
 
+CHUNK = 64
+"""Per-example gradients held at once."""
 
-def fisher(model: nn.Module, task: Task, data, *, per_sample: bool = True, batch_size: int = 64) -> dict[str, Tensor]:
-    """Mean over examples of (grad of the example's loss)^2 per trainable parameter, in eval mode.
 
-    per_sample=False gives the published form, the mean over batches of (grad of the batch mean)^2, which depends on the batch size.
-    Nothing about the model changes. Source: cards corrective (SSD importance) and l1-sparse.
+def squares(model: nn.Module, task: Task, data, *, per_sample: bool = True, batch_size: int = CHUNK) -> tuple[dict[str, Tensor], int]:
+    """Per trainable parameter the sum of squared gradients, and how many were summed. Half-precision gradients are summed in float32.
+
+    per_sample=True: sum over examples of (grad of the example's loss)^2, and their number. False, as published: sum over batches of
+    (grad of the batch mean)^2, and the number of batches, which makes the mean depend on `batch_size`.
     """
-    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    rest = {n: t.detach() for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items() if n not in named}
-    total = {n: torch.zeros_like(p) for n, p in named.items()}
-    batches = task.batches(data, batch_size)
-    meter = guard.current().meter
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    params, loss = _bound(model, task)
+    total = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in params.items()}
+    batches, meter, count = task.batches(data, CHUNK if per_sample else batch_size), guard.current().meter, 0
+    with guard.quiet(model), meter.pause():
+        for k in range(len(batches)):
+            batch = batches[k]
+            n = len(batch["i"])
+            grads = _each(grad(loss), params, batch) if per_sample else grad(loss)(params, batch)
+            for name, g in grads.items():
+                square = g.to(_wide(g)).square()
+                total[name] += square.sum(0) if per_sample else square
+            count += n if per_sample else 1
+            meter.add(forward=n, backward=n)
+    return total, count
 
-    def one(params, x, y, i):
-        batch = {"x": x[None], "y": y[None], "i": i[None]}
-        return task.forward(_Bound(model, {**params, **rest}), batch).mean.mean()
 
-    def whole(params, batch):
-        return task.forward(_Bound(model, {**params, **rest}), batch).mean.mean()
+def fisher(model: nn.Module, task: Task, data, *, per_sample: bool = True, batch_size: int = CHUNK) -> dict[str, Tensor]:
+    """Mean of the squared gradients per trainable parameter: `squares` divided by its count. The labels are the data's own, so that F is
+    near 0 everywhere on examples known by heart."""
+    total, count = squares(model, task, data, per_sample=per_sample, batch_size=batch_size)
+    return {n: t / count for n, t in total.items()}
 
-    try:
-        with meter.pause():
-            for k in range(len(batches)):
-                b = batches[k]
-                n = len(b["i"])
-                if per_sample:
-                    grads = vmap(grad(one), in_dims=(None, 0, 0, 0))(named, b["x"], b["y"], b["i"])
-                    for name, g in grads.items():
-                        total[name] += g.square().sum(0) / len(data)
-                else:
-                    for name, g in grad(whole)(named, b).items():
-                        total[name] += g.square() / len(batches)
-                meter.add(forward=n, backward=n)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return total
+
+def rows(model: nn.Module, task: Task, data) -> Tensor:
+    """(N, P) gradient of each example's loss over all trainable parameters, flattened in the model's order."""
+    params, loss = _bound(model, task)
+    batches, meter, found = task.batches(data, CHUNK), guard.current().meter, []
+    with guard.quiet(model), meter.pause():
+        for k in range(len(batches)):
+            batch = batches[k]
+            n = len(batch["i"])
+            grads = _each(grad(loss), params, batch)
+            found.append(torch.cat([g.to(_wide(g)).reshape(n, -1) for g in grads.values()], 1))
+            meter.add(forward=n, backward=n)
+    return torch.cat(found)
+
+
+def _each(function: Callable, params: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
+    """function(params, batch of one) for every example of the batch, stacked."""
+    return vmap(lambda x, y, i: function(params, {"x": x[None], "y": y[None], "i": i[None]}))(batch["x"], batch["y"], batch["i"])
+
+
+def _bound(model: nn.Module, task: Task) -> tuple[dict[str, Tensor], Callable]:
+    """The trainable parameters, detached, and (parameters, batch) -> mean loss of the model with these in place of its own."""
+    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    return params, lambda p, batch: task.forward(_Bound(model, p), batch).mean.mean()
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
 
 
 class _Bound(nn.Module):
-    """The model with its tensors replaced, as a module that a task can call; parameters() yields the replaced tensors' stand-ins."""
+    """The model with some tensors replaced, as a module that a task can call; parameters() yields the model's own, for device and type."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
