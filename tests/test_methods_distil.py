@@ -30,6 +30,7 @@ VARIANTS = [
     ("scrub", {"epochs": 2, "msteps": 1, "rewind": True}),
     ("bad_teacher", {"epochs": 1, "share": 0.5, "reduction": "mean"}),
     ("stochastic_teacher", {"erase": 2, "rebuild": 1, "redraw_every": "epoch"}),
+    ("duck", {"epochs": 2, "target": 0.0, "polish": 2.0}),
     ("stochastic_teacher", {"erase": 2, "rebuild": 1, "redraw_every": "batch", "labels": True}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, settings.values()))}" for name, settings in VARIANTS]

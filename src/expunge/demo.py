@@ -14,7 +14,7 @@ from expunge.bench.worlds import SCENARIOS, world
 from expunge.report import html, table
 from expunge.run import model_digest
 
-METHODS = ("gradient_ascent", "negrad_plus", "random_label", "salun", "bad_teacher", "ssd", "fisher_forgetting", "fine_tune")
+METHODS = ("scrub", "negrad_plus", "random_label", "salun", "bad_teacher", "ssd", "fisher_forgetting", "fine_tune")
 """What the demo compares, besides the retrained reference."""
 
 BRIEF = ("accuracy", "klom", "divergence", "drop", "membership", "cost")

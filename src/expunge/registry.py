@@ -79,7 +79,8 @@ class Method:
         try:
             split.require(*self.needs)
         except SplitError as error:
-            others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= set(split.parts())]
+            there = {name for name, part in split.parts().items() if len(part)}
+            others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= there]
             raise SplitError(f"{error}. Methods that can do with that: {', '.join(others) or 'none'}") from None
 
     def __call__(self, model: nn.Module, task: Task, split: Split, *, seed: int = 0, **given: Any) -> Patch:

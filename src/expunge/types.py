@@ -181,6 +181,16 @@ class Batches(Sequence[Batch]):
         return self._order[1]
 
 
+def drawn(n: int, size: int, steps: int) -> int:
+    """Examples in the first `steps` batches over n examples at that size, epoch after epoch: what they cost.
+
+    >>> drawn(129, 128, 1), drawn(129, 128, 5)
+    (64, 322)
+    """
+    per_epoch = -(-n // size)
+    return steps // per_epoch * n + steps % per_epoch * n // per_epoch
+
+
 class Paired(Sequence):
     """`Paired(a, b)[k] = (a[k], b[k])` up to the longest; the shorter ones start again from their first batch."""
 

@@ -6,6 +6,7 @@ file already are not run again, so a long benchmark can be stopped and goes on.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from expunge.audits.core import Probe, audit
 from expunge.bench.worlds import SCENARIOS, World, cache_folder, world
@@ -22,8 +24,8 @@ from expunge.plan import patched
 from expunge.registry import METHODS
 from expunge.run import Attempt, unlearn
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
-"""world -> method -> settings that differ from the method's defaults there."""
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {"digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}}}
+"""world -> method -> settings that differ from the method's defaults there, chosen on seed 0."""
 
 NOTHING = "nothing"
 """The baseline that leaves the model as it is."""
@@ -59,12 +61,15 @@ def bench(
     path.parent.mkdir(parents=True, exist_ok=True)
     key = f"{w.digest}/{references}/{slow}"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(c["scenario"], c["method"], c["seed"]): c for c in lines if c["world_key"] == key}
+    done = {(c["scenario"], c["method"], c["seed"]): c for c in lines if c["world_key"] == key and c["settings"] == settings(w, c["method"])}
     todo = [c for c in cells(w, chosen, scenarios, seeds) if c not in done]
+    originals = functools.cache(lambda seed: w.original(seed, cache))
+    retrained = functools.cache(lambda scenario: tuple(w.retrained(scenario, k, cache) for k in range(references)))
+    scores: dict[str, dict] = {scenario: {} for scenario in scenarios}
     for number, (scenario, method, seed) in enumerate(todo):
         if progress:
             progress(f"{name} {scenario} {method} seed {seed}", number, len(todo))
-        cell = {"world_key": key, **run_cell(w, scenario, method, seed, references, slow, cache)}
+        cell = {"world_key": key, **run_cell(w, scenario, method, seed, originals(seed), retrained(scenario), scores[scenario], slow)}
         done[scenario, method, seed] = cell
         with path.open("a") as f:
             f.write(json.dumps(cell, allow_nan=True) + "\n")
@@ -73,25 +78,39 @@ def bench(
     return result
 
 
-def run_cell(w: World, scenario: str, method: str, seed: int, references: int, slow: bool, cache: Path | None) -> dict[str, Any]:
-    """One method on one seed of one scenario, audited. A retrained model as candidate is read against the other references."""
-    split, original = w.split(scenario), w.original(seed, cache)
-    refs = tuple(w.retrained(scenario, k, cache) for k in range(references))
+def settings(w: World, method: str) -> dict[str, Any]:
+    """What a method runs with in this world: its defaults, overlaid by PRESETS. Cells that were run with other settings are run again."""
+    if method == NOTHING:
+        return {}
+    return dict(w.recipe) if method == "retrain" else {**METHODS[method].defaults, **PRESETS.get(w.name, {}).get(method, {})}
+
+
+def run_cell(
+    w: World, scenario: str, method: str, seed: int, original: nn.Module, refs: tuple[nn.Module, ...], scores: dict, slow: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """One method on one seed of one scenario, audited. A retrained model as candidate is read against the other references.
+
+    scores   the scenario's store of what originals and references answered (`Probe.cache`), filled here and shared by its cells
+    """
+    split, references = w.split(scenario), len(refs)
     start = time.perf_counter()
     if method == NOTHING:
         attempt, after = Attempt(NOTHING, {}, seed, "no_op", "left as it is", None), original
     elif method == "retrain":
         n, k = retrain_passes(w, scenario) / 2, seed % references
-        attempt = Attempt("retrain", dict(w.recipe), seed, "ok", "", None)
+        attempt = Attempt("retrain", settings(w, method), seed, "ok", "", None)
         attempt.meter.forward = attempt.meter.backward = int(n)
         after, refs = refs[k], refs[:k] + refs[k + 1 :]
     else:
-        attempt = unlearn(method, original, w.task, split, seed=seed, **PRESETS.get(w.name, {}).get(method, {}))
+        attempt = unlearn(method, original, w.task, split, seed=seed, **settings(w, method))
         after = patched(original, attempt)
     ran = time.perf_counter() - start
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
     audited = attempt.outcome == "ok" or method == NOTHING
-    rows = audit(Probe(original, after, w.task, split, refs, seed, cost), slow=slow) if audited else []
+    rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), slow=slow) if audited else []
+    if after is not original and method != "retrain":
+        for key in [k for k, (_, model) in scores.items() if model is after]:
+            del scores[key]
     return {
         "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": dict(attempt.settings), "outcome": attempt.outcome,
         "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": references,

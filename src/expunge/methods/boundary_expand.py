@@ -41,7 +41,7 @@ def boundary_expand(
     split: Split,
     *,
     epochs: float = 5.0,
-    lr: float = 0.01,
+    lr: float = 0.0005,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     batch_size: int = 64,

@@ -43,7 +43,7 @@ from expunge.updates.descend import descend
     toy={"epochs": 5, "lr": 0.02},
 )
 def gradient_ascent(
-    model: nn.Module, task: Task, split: Split, *, epochs: float = 3.0, lr: float = 0.005, momentum: float = 0.9, weight_decay: float = 0.0,
+    model: nn.Module, task: Task, split: Split, *, epochs: float = 3.0, lr: float = 0.005, momentum: float = 0.0, weight_decay: float = 0.0,
     batch_size: int = 64, clip: float = math.inf, bound: float = 5.0, buffers: str = "freeze", seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""

@@ -27,15 +27,15 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
-from expunge.types import Paired, Split, Task
+from expunge.types import Paired, Split, Task, drawn
 from expunge.updates.descend import descend
 
 
 def _cost(n, s) -> tuple[float, float]:
     gone, kept = (-(-n[part] // s["batch_size"]) for part in ("forget", "retain"))
     steps = max(gone, 1, round(kept * s["epochs"]))
-    drawn = sum(steps // m * n[part] + steps % m * n[part] // m for part, m in (("forget", gone), ("retain", kept)))
-    return drawn, drawn
+    passes = sum(drawn(n[part], s["batch_size"], steps) for part in ("forget", "retain"))
+    return passes, passes
 
 
 @method(paper="arXiv:2302.09880", tasks=("classification", "regression"), needs=("forget", "retain"),

@@ -4,13 +4,13 @@ Paper    Ash and Adams, "On Warm-Starting Neural Network Training", NeurIPS 2020
          arXiv:2201.06640 (re-initialised last layers). The combination as an unlearning preset is this project's.
 Forgets  records, class.          Needs    retain.
 Scope    all weights.   Forget  theta <- shrink * theta + noise * theta_fresh; the last k layers theta_fresh.
-Retain   CE + distil * mean (logits - original logits)^2.
+Retain   CE + distil * mean (z - z0)^2 / max(mean z0^2, 1), z the logits (or predictions), z0 those of the original.
 Update   SGD with a one-cycle schedule.   Leaves  Replace.
 Settings
     shrink        factor on the trained weights, 0..1; 1 keeps them
     noise         factor on freshly initialised weights that are added
     k             how many of the last linear or convolution layers start afresh; 0 for none
-    distil        weight of the squared distance of logits to the original's on retain data: keeps their scale, which short training does not reach
+    distil        weight of the relative squared distance of logits to the original's on retain: keeps their scale, which short training does not reach
     epochs        passes over the retain set
     lr            largest step size of the one-cycle schedule
     momentum      of SGD (Nesterov)
@@ -53,7 +53,7 @@ def reset_fine_tune(
     shrink: float = 1.0,
     noise: float = 0.0,
     k: int = 0,
-    distil: float = 0.3,
+    distil: float = 5.0,
     epochs: float = 2.4,
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -63,7 +63,8 @@ def reset_fine_tune(
     seed: int = 0,
 ) -> Patch:
     """See the module's docstring."""
-    teacher = outputs(model, task, split.retain) if distil else torch.empty(0)
+    teacher = outputs(model, task, split.retain) if distil else torch.ones(1)
+    unit = teacher.square().mean().clamp(min=1)
     new = dict(fresh(model, seed).named_parameters())
     afresh = set(last(model, k).masks) if k else set()
     norms = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, NORMS) for p, _ in m.named_parameters(recurse=False)}
@@ -82,7 +83,7 @@ def reset_fine_tune(
             value = out.mean.mean()
             if distil:
                 now = out.pred if out.logits is None else out.logits
-                value = value + distil * (now - teacher[batch["i"]].to(now)).square().mean()
+                value = value + distil * (now - teacher[batch["i"]].to(now)).square().mean() / unit.to(now)
             return value
 
         descend(e, loss, batches, lr=lr, optimizer="nesterov", momentum=momentum, weight_decay=weight_decay, schedule="onecycle")
