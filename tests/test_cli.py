@@ -144,6 +144,7 @@ def test_selectors():
     assert forget.ids.tolist() == [12, 13] and len(retain) == 4
     assert selectors.resolve("ids:10,15", data)[0].ids.tolist() == [10, 15]
     assert len(selectors.resolve("random:0.5@3", data)[0]) == 3
+    assert len(selectors.resolve("random:4", data)[0]) == 4
     for bad, message in (
         ("class:9", "no class '9'"),
         ("ids:99", "not in the training data"),

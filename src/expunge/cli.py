@@ -57,7 +57,8 @@ def show(document: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(table.show(document))
+    console = Console()
+    console.print(table.show(document, console.width))
 
 
 def settings(method: str, extra: list[str]) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def plan(
 @app.command(context_settings=FREE)
 def forget(
     context: typer.Context, model: ModelSpec, train: Annotated[str, typer.Option(help="py:, csv:, parquet:, images: or world: data.")],
-    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30 or random:0.1")], weights: Weights = "", test: str = "",
+    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500")], weights: Weights = "", test: str = "",
     validation: str = "", task: str = "classification", method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights of a retrained model; repeat for several.")] = None, retrain_epochs: float = 0.0,
     seed: int = 0, out: str = "out", key_file: Key = "", as_json: Json = False,
@@ -278,7 +279,10 @@ def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) 
 
 
 @app.command()
-def bench(world: str = "digits", methods: str = "all", seeds: int = 3, scenarios: str = "class,random", out: str = "bench-out", as_json: Json = False) -> None:
+def bench(
+    world: str = "digits", methods: Annotated[str, typer.Option(help="Names joined by commas, or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3", scenarios: str = "class,random", out: str = "bench-out", as_json: Json = False,
+) -> None:  # fmt: skip
     """Compare methods on a world (digits, diabetes, mnist, cifar10); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
     import torch
 
@@ -288,7 +292,9 @@ def bench(world: str = "digits", methods: str = "all", seeds: int = 3, scenarios
 
     torch.set_num_threads(1)
     with bar(as_json) as progress:
-        cells = runner.bench(world, "all" if methods == "all" else methods.split(","), seeds, tuple(scenarios.split(",")), out, progress=progress)
+        cells = runner.bench(
+            world, "all" if methods == "all" else methods.split(","), runner.seed_numbers(seeds), tuple(scenarios.split(",")), out, progress=progress
+        )
     print(json.dumps(strict(cells)) if as_json else markdown(cells))
 
 

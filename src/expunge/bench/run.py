@@ -20,6 +20,7 @@ from torch import nn
 
 from expunge.audits.core import Probe, audit
 from expunge.bench.worlds import SCENARIOS, World, cache_folder, world
+from expunge.errors import SettingError
 from expunge.plan import patched
 from expunge.registry import METHODS
 from expunge.run import Attempt, unlearn
@@ -36,21 +37,34 @@ def retrain_passes(w: World, scenario: str) -> float:
     return 2.0 * w.recipe["epochs"] * len(w.split(scenario).retain)
 
 
-def cells(w: World, methods: Sequence[str], scenarios: Sequence[str], seeds: int) -> Iterable[tuple[str, str, int]]:
-    """(scenario, method, seed) in an order that finishes seed 0 of everything first."""
-    for seed in range(seeds):
+def cells(w: World, methods: Sequence[str], scenarios: Sequence[str], seeds: Iterable[int]) -> Iterable[tuple[str, str, int]]:
+    """(scenario, method, seed) in an order that finishes the first seed of everything first."""
+    for seed in seeds:
         for scenario in scenarios:
             for name in methods:
                 if name == NOTHING or w.task.name in METHODS[name].tasks:
                     yield scenario, name, seed
 
 
+def seed_numbers(text: str) -> Sequence[int]:
+    """`3` -> 0, 1, 2; `1..2` -> 1, 2, so that several processes can share a benchmark. Raises SettingError for anything else.
+
+    >>> list(seed_numbers("3")), list(seed_numbers("1..2"))
+    ([0, 1, 2], [1, 2])
+    """
+    first, dots, last = text.partition("..")
+    if not first.isdigit() or (dots and not last.isdigit()):
+        raise SettingError(f"seeds must be a number such as 3, or a range such as 1..2, not '{text}'")
+    return range(int(first), int(last) + 1) if dots else range(int(first))
+
+
 def bench(
-    name: str, methods: Sequence[str] | str = "all", seeds: int = 3, scenarios: Sequence[str] = SCENARIOS, out: Path | str = "bench-out",
+    name: str, methods: Sequence[str] | str = "all", seeds: int | Sequence[int] = 3, scenarios: Sequence[str] = SCENARIOS, out: Path | str = "bench-out",
     *, references: int = 3, slow: bool = False, cache: Path | None = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the cells that are not in OUT/NAME.jsonl yet; returns all cells and writes OUT/NAME.md.
 
+    seeds    how many, from 0 on, or which; the seed decides the original that is unlearned, too
     Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed.
     """
     from expunge.bench.table import markdown
@@ -62,7 +76,7 @@ def bench(
     key = f"{w.digest}/{references}/{slow}"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(c["scenario"], c["method"], c["seed"]): c for c in lines if c["world_key"] == key and c["settings"] == settings(w, c["method"])}
-    todo = [c for c in cells(w, chosen, scenarios, seeds) if c not in done]
+    todo = [c for c in cells(w, chosen, scenarios, range(seeds) if isinstance(seeds, int) else seeds) if c not in done]
     originals = functools.cache(lambda seed: w.original(seed, cache))
     retrained = functools.cache(lambda scenario: tuple(w.retrained(scenario, k, cache) for k in range(references)))
     scores: dict[str, dict] = {scenario: {} for scenario in scenarios}

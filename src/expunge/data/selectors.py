@@ -1,4 +1,5 @@
-"""Selectors: what must go, in words. `class:3`, `ids:17,42`, `ids:@file`, `range:0..30` (regression), `random:0.1` or `random:0.1@7`."""
+"""Selectors: what must go, in words. `class:3`, `ids:17,42`, `ids:@file`, `range:0..30` (regression), `random:0.1` (a share),
+`random:500` (a number of records), `random:0.1@7` (with a seed)."""
 
 from __future__ import annotations
 
@@ -61,9 +62,9 @@ def _range(value: str, train: Examples, _: Path) -> Tensor:
 def _random(value: str, train: Examples, folder: Path) -> Tensor:
     share, _, seed = value.partition("@")
     try:
-        n, generator = int(float(share) * len(train)), torch.Generator().manual_seed(int(seed or 0))
+        n, generator = int(share) if share.isdigit() and int(share) > 1 else int(float(share) * len(train)), torch.Generator().manual_seed(int(seed or 0))
     except ValueError:
-        raise SplitError(f"write random:0.1 or random:0.1@7, not '{value}'") from None
+        raise SplitError(f"write random:0.1, random:500 or random:0.1@7, not '{value}'") from None
     gone = torch.zeros(len(train), dtype=torch.bool)
     gone[torch.randperm(len(train), generator=generator)[: max(0, n)]] = True
     return gone

@@ -213,17 +213,20 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\|[]`*" else c for c in text)
 
 
-def terminal(document: Mapping[str, Any]) -> Any:
-    """The table as a `rich.table.Table`: the cells of `columns`, intervals on a line of their own."""
+def terminal(document: Mapping[str, Any], width: int = 200) -> Any:
+    """The table as a `rich.table.Table`: the cells of `columns`, as many figures as fit into `width` characters, intervals on a line of their own."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(plain(document.get("title")), style="bold"), title_justify="left", pad_edge=False)
-    for heading in headings(document):
+    fit = max(2, (width - 44) // 12)
+    caption = "Value (95 % bounds, n), or mean over seeds (smallest to largest)." + (" More figures are in the report." if len(figures(document)) > fit else "")
+    table = Table(box=box.SIMPLE_HEAD, title=Text(plain(document.get("title")), style="bold"), title_justify="left", pad_edge=False, caption=Text(caption))
+    table.caption_justify = "left"
+    for heading in ["method", *(c.heading for c in figures(document)[:fit]), "share of retraining", "outcome"]:
         table.add_column(Text(heading), min_width=max(map(len, heading.split())), no_wrap=heading == "method")
     for line in columns(document):
-        table.add_row(*(Text(_broken(cell)) for cell in line.all))
+        table.add_row(*(Text(_broken(cell)) for cell in (line.method, *line.cells[:fit], line.cost, line.outcome)))
     return table
 
 
@@ -233,15 +236,15 @@ def _broken(cell: str) -> str:
     return f"{value}\n" + rest.removesuffix(")").replace(", ", "\n") if bracket and rest.endswith(")") else cell
 
 
-def show(document: Mapping[str, Any]) -> Any:
-    """For a terminal: a `rich` group of table, verdict, reasons and notes."""
+def show(document: Mapping[str, Any], width: int = 200) -> Any:
+    """For a terminal of that width: a `rich` group of table, verdict, reasons and notes."""
     from rich.console import Group
     from rich.text import Text
 
     good = passed(document)
     head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
     said = [*texts(mapping(document.get("verdict")).get("reasons")), *texts(document.get("notes"))]
-    return Group(terminal(document), head, *[Text(f"  {reason}") for reason in said])
+    return Group(terminal(document, width), head, *[Text(f"  {reason}") for reason in said])
 
 
 def strict(value: Any) -> Any:
