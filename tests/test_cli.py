@@ -14,6 +14,7 @@ from worlds import digits, original
 from expunge import cli, models, recipe
 from expunge.data import load, selectors
 from expunge.errors import DataError, ModelError, RecipeError, SettingError, SplitError
+from expunge.patch import difference
 from expunge.types import Examples
 
 FACTORY = "import functools\nfrom expunge.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
@@ -65,21 +66,80 @@ def test_gate_refusal_is_exit_code_1(home):
     assert json.loads(out)["tries"][0]["settings"]["lr"] == 0.00001
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["methods", "salum"], "did you mean 'salun'"),
-        (["forget", "--method", "salun", "--kep", "0.3"], "did you mean 'keep'"),
-        (["run", "none.toml"], "cannot read none.toml"),
-        (["inspect", "model.safetensors"], "no expunge patch"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(home, words, message):
-    if words[0] == "forget":
-        words += ["--model", "py:mynet:build", "--train", "world:digits/train", "--forget", "class:3"]
-    code, _, err = call(*words)
+def inside_process(words, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and standard error of `expunge WORDS` without a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["expunge", *words])
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+        warnings.simplefilter("ignore")
+        cli.main()
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+TABLE = "u,v,label\n" + "".join(f"{k},{k * k % 7},{k % 2}\n" for k in range(40))
+FORGET = ["forget", "--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train", "--test", "world:digits/test"]
+ROWS = ["forget", "--model", "py:mynet:rows", "--train", "csv:a.csv?target=label"]
+BAD = [
+    (["methods", "salum"], "did you mean 'salun'"),
+    ([*FORGET, "--forget", "class:3", "--method", "salun", "--kep", "0.3"], "did you mean 'keep'"),
+    ([*FORGET, "--forget", "class:3", "--kep", "0.3"], "settings need --method"),
+    ([*FORGET[:-1], "world:digits/train", "--forget", "class:3"], "of forget also stand in test"),
+    ([*FORGET, "--forget", "ids:999999"], "not in the training data"),
+    ([*FORGET, "--forget", "random:0.0"], "matches no record"),
+    ([*FORGET, "--forget", "random:1.0"], "delete the model instead"),
+    (["forget", "--model", "py:mynet:frozen", *FORGET[3:], "--forget", "class:3", "--method", "salun"], "no trainable weight"),
+    (["forget", "--model", "py:mynet:tiny", *FORGET[3:], "--forget", "class:3"], "the model has"),
+    (["forget", "--model", "py:nonet:build", *FORGET[3:], "--forget", "class:3"], "cannot call py:nonet:build"),
+    ([*FORGET[:4], "none.safetensors", *FORGET[5:], "--forget", "class:3"], "no weight file"),
+    ([*FORGET, "--forget", "class:3", "--task", "clasification"], "did you mean 'classification'"),
+    ([*ROWS[:-1], "csv:a.csv?target=labels", "--forget", "class:1"], "no target column 'labels'"),
+    ([*ROWS[:-1], "csv:short.csv?target=label", "--forget", "class:1"], "short.csv"),
+    ([*ROWS[:-1], "csv:far.csv?target=label", "--forget", "class:1"], "labels must be integers in 0..1"),
+    ([*ROWS, "--forget", "class:7"], "no class '7'"),
+    (["run", "none.toml"], "cannot read none.toml"),
+    (["run", "bad.toml"], "unknown key 'metod'"),
+    (["run", "away.toml"], "leaves the folder"),
+    (["inspect", "model.safetensors"], "no expunge patch"),
+    (["apply", "cut.patch", "--model", "py:mynet:build", "--weights", "model.safetensors", "--out", "n.safetensors"], "cut.patch"),
+    (["apply", "good.patch", "--model", "py:mynet:tiny", "--weights", "", "--out", "n.safetensors"], "another model"),
+    (["bench", "--seeds", "x"], "seeds must be a number"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_one_line_and_changes_nothing(home, words, message, monkeypatch, capsys):
+    (home / "mynet.py").write_text(
+        FACTORY + "from torch import nn\ndef frozen():\n    return build().requires_grad_(False)\n"
+        "def tiny():\n    return small_cnn(8, width=4)\ndef rows():\n    return nn.Linear(2, 2)\n"
+    )
+    (home / "a.csv").write_text(TABLE)
+    (home / "short.csv").write_text("u,v,label\n1,2,0\n3\n")
+    (home / "far.csv").write_text(TABLE + "3,5,7\n")
+    (home / "bad.toml").write_text('model = "py:mynet:build"\ntrain = "world:digits/train"\nforget = "class:3"\nmetod = "x"\n')
+    (home / "away.toml").write_text('model = "py:mynet:build"\nweights = "../w.safetensors"\ntrain = "world:digits/train"\nforget = "class:3"\n')
+    model = original("digits")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        after = {n: p + 1 for n, p in before.items()}
+    raw = difference(before, after).stamped(model).save(home / "good.patch").read_bytes()
+    (home / "cut.patch").write_bytes(raw[:-5])
+    found = contents(home)
+    code, err = inside_process(words, monkeypatch, capsys)
     assert code == 2
     assert message in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert contents(home) == found
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_patch(home, monkeypatch, capsys):
+    code, _ = inside_process([*FORGET, "--forget", "class:3", "--method", "gradient_ascent", "--bound", "inf", "--lr", "1e30", "--json"], monkeypatch, capsys)
+    document = json.loads((home / "out" / "report.json").read_text())
+    assert code == 1
+    assert document["tries"][0]["outcome"] == "diverged" and "lower" in document["tries"][0]["reason"]
+    assert not (home / "out" / "patch.safetensors").exists()
 
 
 def test_settings_from_flags():
@@ -123,6 +183,34 @@ def test_csv_and_its_faults(tmp_path):
             load.load("csv:b.csv?target=label", "classification", tmp_path)
     with pytest.raises(DataError, match=r"no file or folder c\.csv"):
         load.load("csv:c.csv?target=label", "classification", tmp_path)
+
+
+def test_parquet_regression_goes_through_a_recipe(tmp_path, monkeypatch):
+    """Tables as a user has them: two Parquet files, a factory, a range of targets to forget, a report and a patch."""
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(120, 3, generator=g), torch.tensor([1.0, -2.0, 0.5])
+    for name, rows in (("train", slice(0, 80)), ("test", slice(80, 120))):
+        columns = {c: x[rows, k].tolist() for k, c in enumerate("abc")}
+        Dataset.from_dict({**columns, "price": (x[rows] @ w).tolist()}).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "pricenet.py").write_text("from expunge.nets import mlp\ndef build():\n    return mlp(3, 1, 8)\n")
+    lines = ['model = "py:pricenet:build"', 'task = "regression"', 'train = "parquet:train.parquet?target=price"']
+    lines += [
+        'test = "parquet:test.parquet?target=price"',
+        'forget = "range:1..10"',
+        'methods = ["gaussian_amnesiac"]',
+        "[with.gaussian_amnesiac]",
+        "epochs = 1",
+    ]
+    (tmp_path / "r.toml").write_text("\n".join(lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, document = recipe.run(recipe.read(tmp_path / "r.toml"))
+    assert document["task"] == "regression" and document["parts"]["forget"] > 5
+    assert {"error.forget", "error.test"} <= {r["name"] for r in document["tries"][0]["rows"]}
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_image_folder_names_the_broken_file(tmp_path):

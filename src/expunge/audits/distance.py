@@ -47,8 +47,8 @@ def klom(p: Probe) -> list[Row]:
     """klom.<part>, klom_before.<part>, klom_floor.<part>, klom_ratio.<part> (candidate / floor), and gap_closed.klom on forget.
 
     gap closed = (d(before) - d(after)) / (d(before) - floor): 0 for doing nothing, 1 for a retrained model. It is nan where doing nothing is
-    within 1.5 floors: such a model does not memorise, and nothing can be ranked on it. With two references the floor is taken as 2/3,
-    the mean a third retrained model has in simulation being unavailable; three or more are advised.
+    within 1.5 floors: such a model does not memorise, and nothing can be ranked on it. With two references the floor is what a
+    third model would read if margins were Gaussian with the shrunk variance; three or more are advised.
     """
     if len(p.references) < 2:
         return []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -71,7 +72,7 @@ def _table(kind: str, path: Path, options: Mapping[str, str], task: str) -> Exam
         raise DataError(suggest(f"{kind} has no option", min(unknown), ["target"]))
     import tempfile
 
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, _no_bars():
         try:
             table = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).with_format("numpy")
         except Exception as error:
@@ -92,6 +93,20 @@ def _table(kind: str, path: Path, options: Mapping[str, str], task: str) -> Exam
         raise DataError(f"target '{target}' of {path.name} must hold whole numbers for classification")
     x = np.stack([columns[name].astype(np.float32) for name in features], 1)
     return from_object((x, columns[target]), task)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets` on standard error, where an error is one line."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were:
+            enable_progress_bars()
 
 
 def _images(_: str, path: Path, options: Mapping[str, str], task: str) -> Examples:
