@@ -30,18 +30,37 @@ def test_worlds_say_what_is_missing(monkeypatch, tmp_path):
         world("digit")
 
 
-def test_bench_runs_and_goes_on(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where both benchmarks below keep their models."""
+    return tmp_path_factory.mktemp("models")
+
+
+def test_bench_runs_and_goes_on(tmp_path, trained):
     """Cells are written as they are done; a second call runs nothing new; the table ranks."""
-    kwargs = {"methods": ["gradient_ascent"], "seeds": 1, "scenarios": ("class",), "out": tmp_path, "cache": tmp_path / "models"}
+    kwargs = {"methods": ["gradient_ascent"], "seeds": 1, "scenarios": ("class",), "out": tmp_path, "cache": trained}
     cells = run.bench("digits", **kwargs)
     assert [c["method"] for c in cells] == ["nothing", "gradient_ascent"]
     lines = (tmp_path / "digits.jsonl").read_text().splitlines()
     assert [json.loads(line)["method"] for line in lines] == ["nothing", "gradient_ascent"]
     run.bench("digits", **kwargs)
     assert (tmp_path / "digits.jsonl").read_text().splitlines() == lines
+    cells = run.bench("digits", **{**kwargs, "methods": ["retrain"]})
+    rows = run.by_name(next(c for c in cells if c["method"] == "retrain"))
+    assert 0.9 < rows["gap_closed.klom"]["value"] < 1.1  # one more retrained model, read against three others
+    assert (tmp_path / "digits.jsonl").read_text().splitlines()[:2] == lines
     text = (tmp_path / "digits.md").read_text()
     assert "| gradient_ascent |" in text
     assert "floor" in text
+
+
+def test_changed_settings_run_again(tmp_path, trained, monkeypatch):
+    kwargs = {"methods": ["gradient_ascent"], "seeds": [0], "scenarios": ("class",), "out": tmp_path, "cache": trained, "references": 2}
+    run.bench("digits", **kwargs)
+    monkeypatch.setitem(run.PRESETS, "digits", {"gradient_ascent": {"epochs": 1.0}})
+    cell = next(c for c in run.bench("digits", **kwargs) if c["method"] == "gradient_ascent")
+    assert cell["settings"]["epochs"] == 1.0
+    assert len((tmp_path / "digits.jsonl").read_text().splitlines()) == 3
 
 
 def _cell(method: str, gap: float | None, far: float = 2.0, seed: int = 0) -> dict:

@@ -78,12 +78,14 @@ def bench(
     done = {(c["scenario"], c["method"], c["seed"]): c for c in lines if c["world_key"] == key and c["settings"] == settings(w, c["method"])}
     todo = [c for c in cells(w, chosen, scenarios, range(seeds) if isinstance(seeds, int) else seeds) if c not in done]
     originals = functools.cache(lambda seed: w.original(seed, cache))
-    retrained = functools.cache(lambda scenario: tuple(w.retrained(scenario, k, cache) for k in range(references)))
+    retrained = functools.cache(lambda scenario, k: w.retrained(scenario, k, cache))
     scores: dict[str, dict] = {scenario: {} for scenario in scenarios}
     for number, (scenario, method, seed) in enumerate(todo):
         if progress:
             progress(f"{name} {scenario} {method} seed {seed}", number, len(todo))
-        cell = {"world_key": key, **run_cell(w, scenario, method, seed, originals(seed), retrained(scenario), scores[scenario], slow)}
+        refs = tuple(retrained(scenario, k) for k in range(references))
+        further = retrained(scenario, references + seed) if method == "retrain" else None
+        cell = {"world_key": key, **run_cell(w, scenario, method, seed, originals(seed), refs, scores[scenario], slow, further)}
         done[scenario, method, seed] = cell
         with path.open("a") as f:
             f.write(json.dumps(cell, allow_nan=True) + "\n")
@@ -100,21 +102,22 @@ def settings(w: World, method: str) -> dict[str, Any]:
 
 
 def run_cell(
-    w: World, scenario: str, method: str, seed: int, original: nn.Module, refs: tuple[nn.Module, ...], scores: dict, slow: bool = False
+    w: World, scenario: str, method: str, seed: int, original: nn.Module, refs: tuple[nn.Module, ...], scores: dict, slow: bool = False,
+    further: nn.Module | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One method on one seed of one scenario, audited. A retrained model as candidate is read against the other references.
+    """One method on one seed of one scenario, audited.
 
-    scores   the scenario's store of what originals and references answered (`Probe.cache`), filled here and shared by its cells
+    scores    the scenario's store of what originals and references answered (`Probe.cache`), filled here and shared by its cells
+    further   the candidate of method retrain: one more retrained model, which is none of the references
     """
-    split, references = w.split(scenario), len(refs)
+    split = w.split(scenario)
     start = time.perf_counter()
     if method == NOTHING:
         attempt, after = Attempt(NOTHING, {}, seed, "no_op", "left as it is", None), original
-    elif method == "retrain":
-        n, k = retrain_passes(w, scenario) / 2, seed % references
+    elif further is not None:
+        after, n = further, retrain_passes(w, scenario) / 2
         attempt = Attempt("retrain", settings(w, method), seed, "ok", "", None)
         attempt.meter.forward = attempt.meter.backward = int(n)
-        after, refs = refs[k], refs[:k] + refs[k + 1 :]
     else:
         attempt = unlearn(method, original, w.task, split, seed=seed, **settings(w, method))
         after = patched(original, attempt)
@@ -122,12 +125,12 @@ def run_cell(
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
     audited = attempt.outcome == "ok" or method == NOTHING
     rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), slow=slow) if audited else []
-    if after is not original and method != "retrain":
+    if after is not original:
         for key in [k for k, (_, model) in scores.items() if model is after]:
             del scores[key]
     return {
         "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": dict(attempt.settings), "outcome": attempt.outcome,
-        "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": references,
+        "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": len(refs),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
         "rows": [asdict(r) for r in rows],
     }  # fmt: skip
