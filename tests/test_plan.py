@@ -15,6 +15,7 @@ from expunge.audits.verdict import default_rules, judge, selftest
 from expunge.bench.run import retrain_passes
 from expunge.bench.worlds import world
 from expunge.errors import SettingError, SplitError
+from expunge.patch import Patch
 
 
 def references(scenario: str, n: int = 3) -> tuple:
@@ -55,8 +56,8 @@ def test_class_verdicts_on_known_truth():
     assert good.passed, good.reasons
 
 
-def test_autopilot_forgets_a_class():
-    """A patch passes its gate under 5 % of retraining's passes; the model is untouched; the document is strict JSON."""
+def test_autopilot_forgets_a_class(tmp_path):
+    """A patch passes its gate under 5 % of retraining's passes; the model is untouched; what is saved and shown is readable."""
     model, task, split = digits("class")
     before = state(model)
     w = world("digits")
@@ -69,6 +70,12 @@ def test_autopilot_forgets_a_class():
     assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), model.state_dict().values(), strict=True))
     from expunge.report.table import dump
 
+    verdict.save(tmp_path)
+    assert Patch.load(tmp_path / "patch.safetensors").digest == verdict.chosen.attempt.patch.digest
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads((tmp_path / "report.json").read_text())["chosen"]["patch"] == "patch.safetensors"
+    assert repr(verdict).startswith("Verdict(passed with ") and max(len(repr(v)) for v in (verdict, verdict.chosen.attempt.patch, split.forget)) < 200
+    assert verdict._repr_html_().startswith("<iframe srcdoc=")
     document = json.loads(dump(verdict.document()))
     assert document["verdict"]["passed"]
     assert document["tries"][-1]["method"] == verdict.chosen.attempt.method

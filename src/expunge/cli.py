@@ -141,7 +141,6 @@ def forget(
     from expunge import models
     from expunge import plan as planner
     from expunge.recipe import prepare
-    from expunge.report import html, table
 
     given = {method: settings(method, context.args)} if context.args else {}
     settings(method, context.args)
@@ -153,12 +152,7 @@ def forget(
             net, chosen, split, references=references, methods=[method] if method else [], settings=given, seed=seed, folder=Path(out) / "checkpoints",
             retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, progress=progress,
         )  # fmt: skip
-    document = verdict.document(f"Forget {forget}")
-    if verdict.chosen is not None and verdict.chosen.attempt.patch is not None:
-        document["chosen"]["patch"] = verdict.chosen.attempt.patch.save(Path(out) / "patch.safetensors", _key(key_file)).name
-    html.write(document, Path(out) / "report.html")
-    table.write(document, Path(out) / "report.json")
-    show(document, as_json)
+    show(verdict.save(out, f"Forget {forget}", _key(key_file)), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
 
 
@@ -187,7 +181,6 @@ def audit(
     from expunge.errors import SettingError
     from expunge.patch import Patch
     from expunge.recipe import prepare
-    from expunge.report import html, table
 
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
@@ -196,11 +189,8 @@ def audit(
         Patch.load(patch, _key(key_file)).apply(now)
     chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
     verdict = planner.audited(before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed)
-    document = verdict.document(f"Audit of {Path(patch or after).name}")
-    if out:
-        html.write(document, Path(out) / "report.html")
-        table.write(document, Path(out) / "report.json")
-    show(document, as_json)
+    title = f"Audit of {Path(patch or after).name}"
+    show(verdict.save(out, title) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
 
 

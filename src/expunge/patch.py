@@ -52,7 +52,7 @@ class LowRank:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Patch:
     """Edits and what is known about them. `meta` is JSON: base digest, method, settings, seed, version."""
 
@@ -61,6 +61,9 @@ class Patch:
 
     def __len__(self) -> int:
         return len(self.edits)
+
+    def __repr__(self) -> str:
+        return f"Patch({self.meta.get('method', 'no method')}: {self.places:,} values in {len(self)} tensors)"
 
     def apply(self, model: nn.Module, *, force: bool = False) -> Patch:
         """Edit the model in place and return the inverse patch: applying that restores every bit.

@@ -72,7 +72,7 @@ class Try:
         return self.attempt.outcome == "ok" and bool(self.rows) and not self.reasons
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """The end of a request: passed or not, why, every try, the self-test, and all that a report needs."""
 
@@ -85,6 +85,32 @@ class Verdict:
     probe: Probe
     baselines: Mapping[str, list[Row]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        what = f"passed with {self.chosen.attempt.method}" if self.chosen else "not passed: " + ("; ".join(self.reasons) or "no try")
+        return f"Verdict({what}; {len(self.tries)} tries, {len(self.probe.references)} retrained references)"
+
+    def _repr_html_(self) -> str:
+        """The report, inside a notebook's cell."""
+        from html import escape
+
+        from expunge.report.html import render
+
+        return f'<iframe srcdoc="{escape(render(self.document()))}" width="100%" height="700" style="border:0"></iframe>'
+
+    def save(self, folder: Path | str, title: str = "Unlearning report", key: bytes | None = None) -> dict[str, Any]:
+        """Write report.html, report.json and, if a patch was chosen, patch.safetensors (signed with `key`) to a folder; returns the document.
+
+        Raises PatchError when a file cannot be written; none is left half-written.
+        """
+        from expunge.report import html, table
+
+        folder, document = Path(folder), self.document(title)
+        if self.chosen is not None and self.chosen.attempt.patch is not None:
+            document["chosen"]["patch"] = self.chosen.attempt.patch.save(folder / "patch.safetensors", key).name
+        html.write(document, folder / "report.html")
+        table.write(document, folder / "report.json")
+        return document
 
     def document(self, title: str = "Unlearning report", *, pictures: bool = True) -> dict[str, Any]:
         """JSON-able record in the report's schema."""

@@ -72,7 +72,6 @@ def read(path: Path | str) -> Recipe:
 def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = None):
     """Load, unlearn, audit, gate; writes report.html, report.json and patch.safetensors to `out`. Returns the Verdict and its document."""
     from expunge import models, plan
-    from expunge.report import html, table
 
     def near(name: str) -> Path:
         return models.inside(name, recipe.folder)
@@ -85,13 +84,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
         model, task, split, references=references, methods=recipe.methods, settings=recipe.settings, rules=recipe.gate or None, seed=recipe.seed,
         folder=near(recipe.out) / "checkpoints", retrain_passes=passes, progress=progress,
     )  # fmt: skip
-    document = verdict.document(f"Forget {recipe.forget}")
-    out = near(recipe.out)
-    if verdict.chosen is not None and verdict.chosen.attempt.patch is not None:
-        document["chosen"]["patch"] = verdict.chosen.attempt.patch.save(out / "patch.safetensors").name
-    html.write(document, out / "report.html")
-    table.write(document, out / "report.json")
-    return verdict, document
+    return verdict, verdict.save(near(recipe.out), f"Forget {recipe.forget}")
 
 
 def prepare(recipe: Recipe, *, inside: bool = True):

@@ -26,7 +26,7 @@ Data = Any
 BUFFERS = ("move", "freeze", "recompute")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Examples:
     """Data held in memory: inputs x (N, ...), targets y (N,) or (N, K), ids (N,) that name each record for good.
 
@@ -47,6 +47,9 @@ class Examples:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.x[i], self.y[i]
+
+    def __repr__(self) -> str:
+        return f"Examples({len(self):,} of shape {tuple(self.x.shape[1:])}, targets {str(self.y.dtype).removeprefix('torch.')})"
 
     def take(self, index: Tensor | Sequence[int]) -> Examples:
         """The rows at `index`, in that order."""
