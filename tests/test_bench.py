@@ -46,7 +46,7 @@ def test_bench_runs_and_goes_on(tmp_path, trained):
     run.bench("digits", **kwargs)
     assert (tmp_path / "digits.jsonl").read_text().splitlines() == lines
     cells = run.bench("digits", **{**kwargs, "methods": ["retrain"]})
-    rows = run.by_name(next(c for c in cells if c["method"] == "retrain"))
+    rows = table.by_name(next(c for c in cells if c["method"] == "retrain"))
     assert 0.9 < rows["gap_closed.klom"]["value"] < 1.1  # one more retrained model, read against three others
     assert (tmp_path / "digits.jsonl").read_text().splitlines()[:2] == lines
     text = (tmp_path / "digits.md").read_text()

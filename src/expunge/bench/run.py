@@ -10,7 +10,7 @@ import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from expunge.audits.core import Probe, audit
+from expunge.bench.table import NOTHING, markdown
 from expunge.bench.worlds import SCENARIOS, World, cache_folder, world
 from expunge.errors import SettingError
 from expunge.plan import patched
@@ -27,9 +28,6 @@ from expunge.run import Attempt, unlearn
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {"digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}}}
 """world -> method -> settings that differ from the method's defaults there, chosen on seed 0."""
-
-NOTHING = "nothing"
-"""The baseline that leaves the model as it is."""
 
 
 def retrain_passes(w: World, scenario: str) -> float:
@@ -67,8 +65,6 @@ def bench(
     seeds    how many, from 0 on, or which; the seed decides the original that is unlearned, too
     Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed.
     """
-    from expunge.bench.table import markdown
-
     w, cache = world(name), cache or cache_folder()
     chosen = [NOTHING, *METHODS] if methods == "all" else [NOTHING, *(METHODS[m].name for m in methods)]
     path = Path(out) / f"{name}.jsonl"
@@ -134,8 +130,3 @@ def run_cell(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
         "rows": [asdict(r) for r in rows],
     }  # fmt: skip
-
-
-def by_name(cell: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The cell's rows by row name."""
-    return {row["name"]: row for row in cell["rows"]}

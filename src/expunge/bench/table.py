@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from expunge.bench.run import NOTHING, by_name
+NOTHING = "nothing"
+"""The baseline that leaves the model as it is."""
 
 COLUMNS: tuple[tuple[str, str, float], ...] = (
     ("gap closed, KLOM", "gap_closed.klom", 1),
@@ -93,3 +94,8 @@ def _spread(values: Sequence[float | None]) -> str:
     show: Callable[[float], str] = lambda v: f"{v:.3g}" if abs(v) < 100 else f"{v:.0f}"  # noqa: E731
     mean = show(sum(good) / len(good))
     return mean if len(good) == 1 or min(good) == max(good) else f"{mean} ({show(min(good))} to {show(max(good))})"
+
+
+def by_name(cell: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cell's rows by row name."""
+    return {row["name"]: row for row in cell["rows"]}
