@@ -60,10 +60,12 @@ def test_klom_of_a_further_model_is_the_floor():
 
 def test_gap_closed_ends():
     floor, far = torch.full((50,), 0.5), torch.full((50,), 4.0)
-    assert distance.gap_closed("g", far, far, floor, 0, "").value == 0
-    assert distance.gap_closed("g", far, floor, floor, 0, "").value == 1
-    refused = distance.gap_closed("g", floor, floor, floor, 0, "")
+    assert distance.gap_closed("g", far, far, floor, 0.5, 0, "").value == 0
+    assert distance.gap_closed("g", far, floor, floor, 0.5, 0, "").value == 1
+    refused = distance.gap_closed("g", floor, floor, floor, 0.5, 0, "")
     assert refused.value != refused.value and "does not memorise" in refused.note
+    elsewhere = distance.gap_closed("g", far, floor, floor, 3.0, 0, "")  # as far on retain, which any two trainings both saw
+    assert elsewhere.value != elsewhere.value and "distance on retain (3)" in elsewhere.note
 
 
 def test_directions_on_known_truth():

@@ -88,6 +88,15 @@ def test_autopilot_without_references_claims_less():
     assert not any("klom" in name for name in verdict.rules)
 
 
+def test_without_a_usable_check_one_method_is_enough():
+    """Random records, no references: the untouched original passes the membership rule, so nothing can be certified, and it is said at once."""
+    model, task, split = digits("random")
+    verdict = plan.forget(model, task, split)
+    assert not verdict.passed and any("no usable check of forgetting" in r for r in verdict.reasons)
+    assert len({t.attempt.method for t in verdict.tries}) == 1
+    assert any("only the cheapest was run" in n for n in verdict.notes)
+
+
 def test_bad_requests():
     model, task, split = digits()
     with pytest.raises(SettingError, match="did you mean"):

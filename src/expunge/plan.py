@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from expunge.audits.core import Probe, Row, audit, score
-from expunge.audits.verdict import Trial, default_rules, judge, selftest
+from expunge.audits.verdict import UTILITY, Trial, default_rules, judge, selftest
 from expunge.errors import ExpungeError
 from expunge.guard import Guard
 from expunge.registry import METHODS
@@ -248,7 +248,8 @@ def forget(
     scales          multiples of the method's strength to try on validation; (1.0,) runs defaults only. Without validation there is no tuning
     checks          only these checks; the default is all that apply
     slow            False leaves out checks that train (relearning)
-    stop            False: audit every method, choose the cheapest that passes
+    stop            False: audit every method, choose the cheapest that passes. True also stops after the cheapest method when no check of
+                    forgetting passed its self-test, as then nothing can pass; `methods` overrides that
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
     preflight(model, task, split)
@@ -262,6 +263,7 @@ def forget(
     wanted = [
         m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))
     ]
+    blind = not any(t.usable and not t.name.startswith(UTILITY) for t in trials)
     validate, tries, best = closeness(model, task, split), [], None
     for number, name in enumerate(wanted):
         fixed = dict((settings or {}).get(name, {}))
@@ -285,7 +287,7 @@ def forget(
         passing = [t for t in runs if t.passed]
         if passing and (best is None or passing[0].attempt.meter.passes < best.attempt.meter.passes):
             best = passing[0]
-        if best and stop:
+        if stop and (best or (blind and not methods and good)):
             break
     reasons = (
         []
@@ -295,7 +297,10 @@ def forget(
             or ["no feasible method for this task and split"]
         )
     )
-    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p), _notes(p, trials))
+    notes = _notes(p, trials)
+    if blind and stop and not methods:
+        notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
+    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p), notes)
 
 
 def _ladder(defaults: Mapping[str, Any], scales: Sequence[float]) -> Iterable[dict[str, Any]]:

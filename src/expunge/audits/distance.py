@@ -47,12 +47,16 @@ def klom(p: Probe) -> list[Row]:
     """klom.<part>, klom_before.<part>, klom_floor.<part>, klom_ratio.<part> (candidate / floor), and gap_closed.klom on forget.
 
     gap closed = (d(before) - d(after)) / (d(before) - floor): 0 for doing nothing, 1 for a retrained model. It is nan where doing nothing is
-    within 1.5 floors: such a model does not memorise, and nothing can be ranked on it. With two references the floor is what a
-    third model would read if margins were Gaussian with the shrunk variance; three or more are advised.
+    within 1.5 times the larger of the floor and its own distance on retain: such a model does not memorise, and nothing can be ranked on it.
+    With two references the floor is what a third model would read if margins were Gaussian with the shrunk variance; three or more are
+    advised.
     """
     if len(p.references) < 2:
         return []
-    rows = []
+    rows, kept = [], 0.0
+    if "retain" in p.split.parts():
+        refs = torch.stack([p.scores(f"reference{k}", "retain").margin for k in range(len(p.references))])
+        kept = float(klom_distance(p.scores("before", "retain").margin, refs).mean())
     for part in (name for name in PARTS if name in p.split.parts()):
         refs = torch.stack([p.scores(f"reference{k}", part).margin for k in range(len(p.references))])
         after, before = (klom_distance(p.scores(w, part).margin, refs) for w in ("after", "before"))
@@ -63,7 +67,7 @@ def klom(p: Probe) -> list[Row]:
         ratio = lambda r, a=after, f=floor: float(a[r].mean() / f[r].mean().clamp(min=1e-12))  # noqa: E731
         rows.append(Row(f"klom_ratio.{part}", ratio(torch.arange(n)), *bootstrap(ratio, n, p.seed), n, note))
         if part == "forget":
-            rows.append(gap_closed("gap_closed.klom", before, after, floor, p.seed, note))
+            rows.append(gap_closed("gap_closed.klom", before, after, floor, kept, p.seed, note))
     return rows
 
 
@@ -74,11 +78,15 @@ def _two_floor(refs: Tensor) -> Tensor:
     return (variance / (2 * shrunk.clamp(min=1e-12))).clamp(max=CLIP)
 
 
-def gap_closed(name: str, before: Tensor, after: Tensor, floor: Tensor, seed: int, note: str) -> Row:
-    """(d(before) - d(after)) / (d(before) - floor) of the means over examples, with a bootstrap over examples."""
-    n = len(before)
-    if float(before.mean()) <= 1.5 * float(floor.mean()):
-        far = f"doing nothing ({float(before.mean()):.3g}) is within 1.5 floors ({float(floor.mean()):.3g}): this model does not memorise"
+def gap_closed(name: str, before: Tensor, after: Tensor, floor: Tensor, kept: float, seed: int, note: str) -> Row:
+    """(d(before) - d(after)) / (d(before) - floor) of the means over examples, with a bootstrap over examples.
+
+    kept   d(before) on retain: what any two trainings differ by on records that both saw. nan where d(before) is within 1.5 max(floor, kept)
+    """
+    n, near = len(before), float(floor.mean())
+    if float(before.mean()) <= 1.5 * max(near, kept):
+        far = f"doing nothing ({float(before.mean()):.3g}) is within 1.5 times the floor ({near:.3g}) or its distance on retain ({kept:.3g})"
+        far += ": this model does not memorise"
         return Row(name, math.nan, -math.inf, math.inf, n, far)
 
     def gap(r: Tensor) -> float:
@@ -99,8 +107,11 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
 @check(tasks=("classification",), needs=("forget",), reference=True)
 def divergence(p: Probe) -> list[Row]:
     """kl.<part> and js.<part>: mean over references of KL(retrained || candidate) and JS; kl_floor, js_floor: between references; gap_closed.kl."""
-    rows = []
+    rows, kept = [], 0.0
     k = len(p.references)
+    if "retain" in p.split.parts():
+        before = p.scores("before", "retain").logits
+        kept = sum(float(kl_divergence(p.scores(f"reference{j}", "retain").logits, before).mean()) for j in range(k)) / k
     for part in (name for name in PARTS if name in p.split.parts()):
         refs = [p.scores(f"reference{j}", part).logits for j in range(k)]
         pairs = [(a, b) for i, a in enumerate(refs) for j, b in enumerate(refs) if i != j]
@@ -113,7 +124,7 @@ def divergence(p: Probe) -> list[Row]:
                     Row(f"{name}_floor.{part}", float(floor.mean()), *_boot(floor, p.seed), len(floor), f"{len(pairs)} ordered pairs of retrained models")
                 )
                 if (name, part) == ("kl", "forget"):
-                    rows.append(gap_closed("gap_closed.kl", before, after, floor, p.seed, f"{k} retrained models"))
+                    rows.append(gap_closed("gap_closed.kl", before, after, floor, kept, p.seed, f"{k} retrained models"))
     return rows
 
 

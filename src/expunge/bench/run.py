@@ -26,7 +26,19 @@ from expunge.plan import patched
 from expunge.registry import METHODS
 from expunge.run import Attempt, unlearn
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {"digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}}}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}},
+    "cifar10": {
+        "scrub": {"lr": 0.01},
+        "ssd": {"alpha": 6.0},
+        "negrad_plus": {"lr": 0.02},
+        "prune_unlearn": {"rate": 0.8, "epochs": 2.5},
+        "l1_sparse": {"alpha": 1e-4, "epochs": 2.5, "lr": 0.05},
+        "influence": {"scale": 1.5},
+        "boundary_shrink": {"lr": 3e-4},
+        "boundary_expand": {"lr": 2e-4},
+    },
+}
 """world -> method -> settings that differ from the method's defaults there, chosen on seed 0."""
 
 
