@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from expunge import guard
@@ -170,3 +171,18 @@ def recompute(model: nn.Module, batches) -> None:
         module.momentum = momentum
     for module, mode in modes:
         module.training = mode
+
+
+class Bound(nn.Module):
+    """A model with some tensors replaced, as a module that a task can call; parameters() yields the model's own, for device and type."""
+
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.inner = [model]
+        self.tensors = tensors
+
+    def parameters(self, recurse: bool = True):
+        return self.inner[0].parameters(recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.inner[0], self.tensors, (x,))

@@ -62,7 +62,7 @@ def alternate(
         raise SettingError(f"schedule must be one of {', '.join(SCHEDULES)}, not '{schedule}'")
     watch = guard.current()
     params = list(session.params.values())
-    stepper = _optimizer(params, optimizer, lr, momentum, weight_decay)
+    stepper = optimiser(params, optimizer, lr, momentum, weight_decay)
     plan = [(number, loss, batches, k) for number, (loss, batches) in enumerate(phases) for k in range(len(batches))]
     losses: list[float] = []
     journal = watch.journal
@@ -98,7 +98,8 @@ def alternate(
     return losses
 
 
-def _optimizer(params: list, name: str, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+def optimiser(params: list, name: str, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimiser of that name (OPTIMIZERS) over these tensors; raises SettingError for another name."""
     if name == "sgd":
         return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay)
     if name == "nesterov":

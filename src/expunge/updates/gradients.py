@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from expunge import guard
+from expunge.session import Bound
 from expunge.types import Task
 
 CHUNK = 64
@@ -70,23 +71,8 @@ def _each(function: Callable, params: dict[str, Tensor], batch: dict) -> dict[st
 def _bound(model: nn.Module, task: Task) -> tuple[dict[str, Tensor], Callable]:
     """The trainable parameters, detached, and (parameters, batch) -> mean loss of the model with these in place of its own."""
     params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
-    return params, lambda p, batch: task.forward(_Bound(model, p), batch).mean.mean()
+    return params, lambda p, batch: task.forward(Bound(model, p), batch).mean.mean()
 
 
 def _wide(t: Tensor) -> torch.dtype:
     return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
-
-
-class _Bound(nn.Module):
-    """The model with some tensors replaced, as a module that a task can call; parameters() yields the model's own, for device and type."""
-
-    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.inner = [model]
-        self.tensors = tensors
-
-    def parameters(self, recurse: bool = True):
-        return self.inner[0].parameters(recurse)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional_call(self.inner[0], self.tensors, (x,))

@@ -1,0 +1,137 @@
+"""Calibrated attacks, epsilon bounds, the competition score: the card's numbers, slow oracles, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import nn
+
+from expunge import nets, stacked, training
+from expunge.audits import attacks, competition, epsilon, power
+from expunge.audits.stats import auc
+from expunge.errors import SettingError
+from expunge.tasks.classification import classification
+from expunge.types import Examples
+
+
+def points(n: int = 200, seed: int = 0) -> Examples:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=g)
+    return Examples(x, (x @ torch.randn(6, 3, generator=g)).argmax(1), torch.arange(n))
+
+
+RECIPE = {"epochs": 3, "batch_size": 16, "lr": 0.1, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
+
+
+@pytest.mark.parametrize(("build", "shape"), [(lambda: nets.mlp(6, 3, 8), (6,)), (lambda: nets.ResNet(1, 3, 4, 1), (1, 8, 8))])
+@pytest.mark.parametrize("chunk", [5, 2])
+def test_stacked_training_ends_where_each_model_ends_alone(build, shape, chunk):
+    g = torch.Generator().manual_seed(3)
+    data = Examples(torch.randn(96, *shape, generator=g), torch.randint(0, 3, (96,), generator=g), torch.arange(96))
+    models = []
+    for k in range(5):
+        with torch.random.fork_rng():
+            torch.manual_seed(k)
+            models.append(build())
+    parts = [data.take(torch.randperm(96, generator=torch.Generator().manual_seed(k))[:50]) for k in range(5)]
+    alone, together = copy.deepcopy(models), copy.deepcopy(models)
+    for k, (model, part) in enumerate(zip(alone, parts, strict=True)):
+        training.train(model, classification(), part, seed=k, **RECIPE)
+    stacked.train(together, classification(), parts, seeds=range(5), chunk=chunk, **RECIPE)
+    for a, b in zip(alone, together, strict=True):
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+            torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-4)
+    each = torch.stack([training.outputs(m, classification(), data) for m in together])
+    torch.testing.assert_close(stacked.logits(together, classification(), data), each, atol=1e-5, rtol=1e-4)
+
+
+def test_stacks_that_cannot_be():
+    data = points(20)
+    with pytest.raises(SettingError, match="of one length"):
+        stacked.train([nets.mlp(6, 3, 8)] * 2, classification(), [data, data.take([0])], seeds=[0, 1], **RECIPE)
+    with pytest.raises(SettingError, match="dropout"):
+        stacked.train([nn.Sequential(nn.Linear(6, 3), nn.Dropout())], classification(), [data], seeds=[0], **RECIPE)
+    with pytest.raises(SettingError, match="no option 'clip'"):
+        stacked.train([nets.mlp(6, 3, 8)], classification(), [data], seeds=[0], clip=1.0, **RECIPE)
+
+
+def test_lira_against_scipy():
+    g = torch.Generator().manual_seed(0)
+    shadows, inside = torch.randn(12, 7, generator=g, dtype=torch.double), torch.zeros(12, 7, dtype=torch.bool)
+    inside[:6] = True
+    phi = torch.randn(7, generator=g, dtype=torch.double)
+    got = attacks.lira(phi, shadows, inside, pooled=False)
+    for j in range(7):
+        a, b = shadows[:6, j].numpy(), shadows[6:, j].numpy()
+        want = norm.logpdf(phi[j], a.mean(), a.std(ddof=1)) - norm.logpdf(phi[j], b.mean(), b.std(ddof=1))
+        assert float(got[j]) == pytest.approx(want, rel=1e-9)
+    offline = attacks.lira(phi, shadows, inside, online=False, pooled=False)
+    assert float(offline[2]) == pytest.approx(norm.logcdf(phi[2], shadows[6:, 2].mean(), shadows[6:, 2].std()), rel=1e-9)
+    with pytest.raises(SettingError, match="at least 2"):
+        attacks.lira(phi, shadows, torch.ones_like(inside))
+
+
+def test_lira_tells_members_of_a_known_model():
+    """phi ~ N(2, 1) for members, N(0, 1) for others, each point shifted by its own hardness: a population threshold reads less."""
+    g = torch.Generator().manual_seed(1)
+    n, k = 2000, 32
+    hard = 3 * torch.randn(n, generator=g)
+    inside = torch.rand(k, n, generator=g) < 0.5
+    shadows = hard + 2 * inside + torch.randn(k, n, generator=g)
+    member = torch.rand(n, generator=g) < 0.5
+    phi = hard + 2 * member + torch.randn(n, generator=g)
+    score = attacks.lira(phi, shadows, inside)
+    best = norm.cdf(math.sqrt(2))  # AUC of two unit Gaussians two apart
+    assert auc(score[member], score[~member])[0] == pytest.approx(best, abs=0.02)
+    assert auc(phi[member], phi[~member])[0] < 0.7
+
+
+def test_rmia_against_a_loop():
+    g = torch.Generator().manual_seed(2)
+    p, refs, z, z_refs = (torch.rand(*s, generator=g) for s in ((9,), (4, 9), (11,), (4, 11)))
+    got = attacks.rmia(p, refs, z, z_refs, a=0.4, gamma=1.2)
+    for i in range(9):
+        mine = p[i] / (0.7 * refs[:, i].mean() + 0.3)
+        wins = sum(float(mine / (z[j] / (0.7 * z_refs[:, j].mean() + 0.3))) > 1.2 for j in range(11))
+        assert float(got[i]) == pytest.approx(wins / 11)
+
+
+def test_epsilon_bounds_of_the_card():
+    bound = epsilon.lower_bound
+    assert epsilon.epsilon(0.4, 0.05, 1e-5) == pytest.approx(2.485, abs=5e-4)
+    assert epsilon.upper(40, 100, alpha=0.025) == pytest.approx(0.50279, abs=5e-6)
+    assert bound(40, 100, 5, 100, form="clopper_pearson") == pytest.approx(1.4831, abs=5e-5)
+    assert bound(40, 100, 5, 100, form="jeffreys") == pytest.approx(1.5547, abs=5e-5)
+    assert bound(40, 100, 5, 100) == pytest.approx(1.815, abs=0.01)
+    assert all(bound(50, 100, 50, 100, form=f) == 0 for f in epsilon.FORMS)
+    with pytest.raises(SettingError, match="form must be"):
+        bound(1, 2, 1, 2, form="exact")
+
+
+def test_competition_score():
+    g = np.random.default_rng(0)
+    same = torch.tensor(g.normal(size=(512, 2)))
+    other = torch.tensor(g.normal(size=(512, 2)))
+    assert competition.separation(same[:, 0], other[:, 0]) < 2.5  # the published maximum over thresholds reads this much noise at 512
+    assert competition.separation(same[:, 0], other[:, 0] + 20) == competition.CAP
+    assert competition.separation(same[:, 0], same[:, 0]) < 1
+    assert (
+        competition.competition(same, same, (1, 1, 1, 1))
+        > competition.competition(same, other + 1, (1, 1, 1, 1))
+        > competition.competition(same, other + 20, (1, 1, 1, 1))
+    )
+    assert competition.competition(same, other, (0.5, 1, 1, 1)) == pytest.approx(0.5 * competition.competition(same, other, (1, 1, 1, 1)))
+
+
+def test_a_claim_needs_its_number():
+    for claim in (0.52, 0.6):
+        n = power.for_auc(claim)
+        ends = [auc(torch.arange(m).double() * 2, torch.arange(m).double() * 2)[2] for m in (n, n - 1)]
+        assert ends[0] <= claim + 0.002  # the same interval on a sample without signal
+    with pytest.raises(SettingError, match="claim must lie above"):
+        power.for_rate(0.0)
