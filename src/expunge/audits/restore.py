@@ -1,0 +1,143 @@
+"""Does it come back? Attacks on the weights that need no forgotten record, or few: rounding, pruning, averaging with the model before, relearning.
+
+Each is read as an excess: what the attacked candidate knows of the forget set, minus what retrained models know after the same attack. A
+retrained model can relearn and be averaged too; only the difference is memory. Sources: cards open-problems (B2, B3, B4), audits-classification.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from expunge import guard
+from expunge.audits.core import Probe, Row, score
+from expunge.audits.drop import Z
+from expunge.audits.membership import targets
+from expunge.audits.stats import auc, matched, wilson
+from expunge.registry import check
+from expunge.session import scratch
+from expunge.updates.descend import descend
+
+STEPS = (0, 2, 4, 8, 16, 32)
+"""Budget of the relearning curve, in SGD steps."""
+
+PRUNED = 0.3
+"""Share of the weights of every matrix and convolution that is set to zero, by magnitude."""
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, bits: int) -> nn.Module:
+    """A copy with every matrix and convolution rounded to `bits` bits, symmetric, one scale per output channel, and back to floats.
+
+    w' = s * round(w / s), s = max|w| / (2^(bits - 1) - 1)
+    """
+    twin = copy.deepcopy(model)
+    for p in _weights(twin):
+        rows = p.reshape(len(p), -1)
+        s = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+        p.copy_((s * (rows / s).round()).view_as(p))
+    return twin
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, share: float = PRUNED) -> nn.Module:
+    """A copy with the smallest `share` of every matrix and convolution set to zero."""
+    twin = copy.deepcopy(model)
+    for p in _weights(twin):
+        k = int(share * p.numel())
+        if k:
+            p.masked_fill_(p.abs() <= p.abs().flatten().kthvalue(k).values, 0)
+    return twin
+
+
+@torch.no_grad()
+def averaged(model: nn.Module, other: nn.Module) -> nn.Module:
+    """A copy with the mean of both models' weights and floating buffers."""
+    twin, theirs = copy.deepcopy(model), other.state_dict()
+    twin.load_state_dict({n: (t + theirs[n]) / 2 if t.is_floating_point() else t for n, t in twin.state_dict().items()})
+    return twin
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.ndim >= 2]
+
+
+ATTACKS: dict[str, Callable[[Probe, nn.Module], nn.Module]] = {
+    "none": lambda p, model: model,
+    "int8": lambda p, model: rounded(model, 8),
+    "int4": lambda p, model: rounded(model, 4),
+    "prune": lambda p, model: pruned(model),
+    "average": lambda p, model: averaged(model, p.before),
+}
+"""Name -> attacked copy. `none` is the unattacked excess, which the others are read beside."""
+
+
+def recalled(p: Probe, model: nn.Module, rows: Tensor | None = None) -> tuple[float, float, int]:
+    """(value, half-width of its 90 % interval, n): what a model still knows of the forget set (or of those rows of it).
+
+    A removed class: accuracy on forget. Records: AUC of forget losses against those of matched test records.
+    """
+    forget = p.split.forget if rows is None else p.split.forget.take(rows)
+    mine = score(model, p.task, forget)
+    if p.removed():
+        value, low, high = wilson(int(mine.correct.sum()), len(mine.nll))
+    else:
+        test = score(model, p.task, p.split.test)
+        drawn, _ = matched(targets(mine), targets(test), p.seed)
+        value, low, high = auc(test.nll[drawn], mine.nll)
+    return value, (high - low) / 2, len(mine.nll)
+
+
+def excess(mine: tuple[float, float, int], rest: list[tuple[float, float, int]], name: str, note: str) -> Row:
+    """One row: the candidate's value minus the mean of the retrained models', their errors added in squares, with the spread between models."""
+    centre = sum(r[0] for r in rest) / len(rest)
+    between = torch.tensor([r[0] for r in rest]).var(correction=1).item() if len(rest) > 1 else 0.0
+    width = (mine[1] ** 2 + sum(r[1] ** 2 for r in rest) / len(rest) ** 2 + Z * Z * between * (1 + 1 / len(rest))) ** 0.5
+    value = mine[0] - centre
+    return Row(name, value, value - width, value + width, mine[2], f"{note}; retrained models read {centre:.3g} after the same attack")
+
+
+@check(tasks=("classification",), needs=("forget", "test"), reference=True)
+def restore(p: Probe) -> list[Row]:
+    """restore.none, .int8, .int4, .prune, .average: excess of what is known of the forget set over retrained models, after each attack."""
+    what = "accuracy on forget" if p.removed() else "AUC of forget losses"
+    rows = []
+    for name, attack in ATTACKS.items():
+        mine = recalled(p, attack(p, p.after))
+        rows.append(excess(mine, [recalled(p, attack(p, r)) for r in p.references], f"restore.{name}", f"{what} {mine[0]:.3g}"))
+    return rows
+
+
+@check(tasks=("classification",), needs=("forget", "test"), reference=True, slow=True)
+def relearning(p: Probe) -> list[Row]:
+    """relearning.<steps>: excess on one half of the forget set while the other half is relearnt; relearning.area: its mean over the curve.
+
+    SGD with momentum 0.9, lr 0.01, batch 32, on a random half; the half that is read is never trained on, so that what comes back was inside.
+    """
+    order = torch.randperm(len(p.split.forget), generator=torch.Generator().manual_seed(p.seed))
+    shown, hidden = order[: len(order) // 2], order[len(order) // 2 :]
+    if not len(shown):
+        return []
+    curves = {k: curve(p, model, shown, hidden) for k, model in enumerate((p.after, *p.references[:3]))}
+    note = f"{len(shown)} records relearnt, {len(hidden)} others read"
+    rows = [excess(curves[0][k], [c[k] for j, c in curves.items() if j], f"relearning.{s}", note) for k, s in enumerate(STEPS)]
+    area = [(sum(v[0] for v in c) / len(c), max(v[1] for v in c), c[0][2]) for c in curves.values()]
+    return [*rows, excess(area[0], area[1:], "relearning.area", note)]
+
+
+def curve(p: Probe, model: nn.Module, shown: Tensor, hidden: Tensor) -> list[tuple[float, float, int]]:
+    """`recalled` on the hidden half after each number of STEPS on the shown half; the model is left as it is."""
+    twin = copy.deepcopy(model).requires_grad_(True)
+    s, data, found = scratch(twin), p.split.forget.take(shown), []
+    with guard.watching(guard.Guard()):
+        for a, b in zip((0, *STEPS), STEPS, strict=False):
+            if b > a:
+                s.eval()
+                per_epoch = -(-len(data) // 32)
+                batches = p.task.batches(data, 32, epochs=(b - a) / per_epoch, seed=p.seed + a)
+                descend(s, lambda batch: p.task.forward(twin, batch).mean.mean(), batches, lr=0.01, momentum=0.9, clip=10.0)
+            found.append(recalled(p, twin, hidden))
+    return found
