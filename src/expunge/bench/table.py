@@ -12,6 +12,7 @@ NOTHING = "nothing"
 COLUMNS: tuple[tuple[str, str, float], ...] = (
     ("gap closed, KLOM", "gap_closed.klom", 1),
     ("gap closed, KL", "gap_closed.kl", 1),
+    ("KLOM forget / floor", "klom_ratio.forget", 1),
     ("KLOM retain / floor", "klom_ratio.retain", 1),
     ("KLOM test / floor", "klom_ratio.test", 1),
     ("UA", "accuracy.forget", -100),
@@ -34,7 +35,8 @@ def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
         seeds = len({c["seed"] for c in mine})
         out.append(f"### {first['world']}, {scenario}: {seeds} seed(s), {first['references']} retrained models, {first['date']}, {first['machine']}\n")
         out.append(apart(mine) + "\n")
-        columns = [c for c in COLUMNS if any(c[1] in by_name(cell) for cell in mine)]
+        gap = () if valid(mine) else ("gap_closed.klom",)
+        columns = [c for c in COLUMNS if c[1] not in gap and any(c[1] in by_name(cell) for cell in mine)]
         out.append("| method | " + " | ".join(h for h, _, _ in columns) + " | share of retraining's passes | outcome |")
         out.append("|---" * (len(columns) + 3) + "|")
         for method in ranked(mine):
