@@ -179,7 +179,8 @@ def method(
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement of an audit: (Probe) -> rows. `reference`: needs at least one retrained model; `slow`: trains."""
+    """One measurement of an audit: (Probe) -> rows. `reference`: needs at least one retrained model; `slow`: trains;
+    `pool`: needs shadow models."""
 
     name: str
     function: Callable
@@ -187,16 +188,17 @@ class Check:
     needs: tuple[str, ...]
     reference: bool
     slow: bool
+    pool: bool
 
     def __call__(self, probe: Any) -> list:
         return self.function(probe)
 
 
-def check(*, tasks: tuple[str, ...], needs: tuple[str, ...], reference: bool = False, slow: bool = False) -> Callable:
+def check(*, tasks: tuple[str, ...], needs: tuple[str, ...], reference: bool = False, slow: bool = False, pool: bool = False) -> Callable:
     """Register a check; the function's name is the check's name."""
 
     def wrap(function: Callable) -> Check:
-        record = Check(function.__name__, function, tasks, needs, reference, slow)
+        record = Check(function.__name__, function, tasks, needs, reference, slow, pool)
         CHECKS.add(record)
         return record
 

@@ -63,17 +63,25 @@ class Scores:
 
         p = (.9, .1), y = 0: phi = 2.1972 (card audits-classification).
         """
-        if self.logits is None:
-            return self.pred.reshape(len(self.pred), -1)[:, 0]
-        mine = self.logits.gather(1, self.labels[:, None]).squeeze(1)
-        rest = self.logits.masked_fill(torch.nn.functional.one_hot(self.labels, self.logits.shape[1]).bool(), -torch.inf)
-        return mine - rest.logsumexp(1)
+        return self.pred.reshape(len(self.pred), -1)[:, 0] if self.logits is None else margin(self.logits, self.labels)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) phi = log p_y - log sum_{j != y} p_j of logits (N, C): the log-odds of the true label.
+
+    >>> round(float(margin(torch.tensor([[0.9, 0.1]]).log(), torch.tensor([0]))), 4)
+    2.1972
+    """
+    mine = logits.gather(1, labels[:, None]).squeeze(1)
+    rest = logits.masked_fill(torch.nn.functional.one_hot(labels, logits.shape[1]).bool(), -torch.inf)
+    return mine - rest.logsumexp(1)
 
 
 @dataclass(frozen=True)
 class Probe:
     """All that a check may see. `references` are models retrained without the forget set; by convention none is `after`.
 
+    pool   shadow models (`audits.pool.Pool`) that calibrate per-example attacks, or None
     cost   the attempt's meter and seconds, and `retrain` passes to compare with: keys forward, backward, seconds, retrain_passes
     """
 
@@ -85,6 +93,7 @@ class Probe:
     seed: int = 0
     cost: Mapping[str, float] = field(default_factory=dict)
     cache: dict = field(default_factory=dict)
+    pool: Any = None
 
     def model(self, which: str) -> nn.Module:
         """`before`, `after` or `reference0`, `reference1`, ..."""
@@ -128,7 +137,7 @@ def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list
     rows: list[Row] = []
     for name in names or CHECKS:
         check = CHECKS[name]
-        applies = probe.task.name in check.tasks and set(check.needs) <= have and (probe.references or not check.reference)
+        applies = probe.task.name in check.tasks and set(check.needs) <= have and (probe.references or not check.reference) and (probe.pool or not check.pool)
         if applies and (slow or not check.slow):
             rows += check(probe)
     return rows

@@ -1,0 +1,131 @@
+"""A pool of shadow models: the calibration of every per-example attack, trained once per data set and architecture and used for every request.
+
+Each shadow is trained on a random half of a universe of records, training data and unseen ones alike, in complementary pairs, so that every
+record is inside exactly half of the models. The pool does not depend on what is to be forgotten: a second request over the same universe, or
+over part of it, trains nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge import guard, patch, stacked, training
+from expunge.audits.core import margin
+from expunge.errors import ModelError, SettingError
+from expunge.types import Examples, Task
+
+
+@dataclass(frozen=True, repr=False)
+class Pool:
+    """K models, `inside` (K, N) bool, and the keys of the N records of the universe."""
+
+    models: tuple[nn.Module, ...]
+    inside: Tensor
+    keys: tuple[bytes, ...]
+    task: Task
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Pool({len(self.models)} shadow models over {len(self.keys):,} records)"
+
+    def rows(self, data: Examples) -> Tensor:
+        """(n,) positions of the records in the universe. Raises SettingError when one is not there: it cannot be calibrated."""
+        where = {key: k for k, key in enumerate(self.keys)}
+        missing = sum(key not in where for key in data.keys)
+        if missing:
+            raise SettingError(f"{missing} of {len(data)} records are not in the shadow pool's universe; train a pool that holds them")
+        return torch.tensor([where[key] for key in data.keys], dtype=torch.long)
+
+    def margins(self, data: Examples) -> Tensor:
+        """(K, n) log-odds phi of the true label, by every shadow."""
+        if data.digest not in self.cache:
+            logits = stacked.logits(self.models, self.task, data)
+            self.cache[data.digest] = torch.stack([margin(each, data.y) for each in logits])
+        return self.cache[data.digest]
+
+    def sides(self, data: Examples) -> Tensor:
+        """(K, n) bool: which shadows saw which record."""
+        return self.inside[:, self.rows(data)]
+
+    def fits(self, model: nn.Module) -> None:
+        """Raises ModelError unless the shadows have the model's architecture."""
+        if shapes(model) != shapes(self.models[0]):
+            raise ModelError("the shadow pool was trained on another architecture than the audited model; attacks calibrated on it mean nothing")
+
+
+def shapes(model: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Module types and parameter shapes, in order: what two models must share to be of one architecture."""
+    kinds = [(n, type(m).__name__, ()) for n, m in model.named_modules()]
+    return kinds + [(n, "", tuple(p.shape)) for n, p in model.named_parameters()]
+
+
+def halves(n: int, k: int, seed: int) -> Tensor:
+    """(k, n) bool with n // 2 records in every row; rows 2j and 2j + 1 share none, so a record is inside half of the rows.
+
+    With odd n one record of each pair of rows is in neither.
+    """
+    if k < 4 or k % 2:
+        raise SettingError(f"a pool needs an even number of at least 4 shadow models, not {k}")
+    inside = torch.zeros(k, n, dtype=torch.bool)
+    for j in range(0, k, 2):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 7919 + j))
+        inside[j, order[: n // 2]] = True
+        inside[j + 1, order[n // 2 : 2 * (n // 2)]] = True
+    return inside
+
+
+def shadows(
+    model: nn.Module, task: Task, universe: Examples, recipe: Mapping[str, Any], *, k: int = 64, seed: int = 0, folder: Path | str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Pool:  # fmt: skip
+    """Train, or read from `folder`, k shadows of the model's architecture on halves of the universe.
+
+    universe   unique records: what may have been trained on, and unseen records of the same distribution
+    recipe     how the model itself was trained: options of `training.train`
+    folder     pools are kept here as one safetensors file each, named by a digest of universe, architecture, recipe, k and seed
+    """
+    if len(set(universe.keys)) != len(universe):
+        raise SettingError("the universe holds the same record twice; a record must be either inside or outside of a shadow's data")
+    inside = halves(len(universe), k, seed)
+    name = hashlib.sha256(json.dumps([universe.digest, shapes(model), dict(recipe), k, seed], sort_keys=True).encode()).hexdigest()[:16]
+    path = None if folder is None else Path(folder) / f"shadows-{name}.safetensors"
+    models = [training.fresh(model, seed * 100_003 + j) for j in range(k)]
+    if path is not None and path.exists():
+        _read(path, models)
+    else:
+        parts = [universe.take(row.nonzero().squeeze(1)) for row in inside]
+        with guard.watching(guard.Guard(progress=progress, label="shadow models:")):
+            stacked.train(models, task, parts, seeds=[seed * 100_003 + j for j in range(k)], **recipe)
+        if path is not None:
+            _write(path, models)
+    return Pool(tuple(models), inside, tuple(universe.keys), task)
+
+
+def _write(path: Path, models: list[nn.Module]) -> None:
+    from safetensors.torch import save
+
+    params, buffers = stacked.stack(models)
+    patch.write(path, save({n: t.detach().contiguous() for n, t in {**params, **buffers}.items()}))
+
+
+def _read(path: Path, models: list[nn.Module]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path.name} is no safetensors file, or is damaged ({error}); delete it to train the pool again") from None
+    params, buffers = stacked.stack(models)
+    want = {**params, **buffers}
+    if found.keys() != want.keys() or any(found[n].shape != want[n].shape for n in want):
+        raise ModelError(f"{path.name} holds other models than this pool's; delete it to train the pool again")
+    stacked.unstack(models, {n: found[n] for n in params}, {n: found[n] for n in buffers})
