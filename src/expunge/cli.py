@@ -271,7 +271,8 @@ def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) 
 @app.command()
 def bench(
     world: str = "digits", methods: Annotated[str, typer.Option(help="Names joined by commas, or all.")] = "all",
-    seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3", scenarios: str = "class,random", out: str = "bench-out", as_json: Json = False,
+    seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3", scenarios: Annotated[str, typer.Option(help="Names joined by commas; all of the world's without it.")] = "",
+    out: str = "bench-out", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on a world (digits, diabetes, mnist, cifar10); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
     import torch
@@ -283,7 +284,7 @@ def bench(
     torch.set_num_threads(1)
     with bar(as_json) as progress:
         cells = runner.bench(
-            world, "all" if methods == "all" else methods.split(","), runner.seed_numbers(seeds), tuple(scenarios.split(",")), out, progress=progress
+            world, "all" if methods == "all" else methods.split(","), runner.seed_numbers(seeds), tuple(filter(None, scenarios.split(","))), out, progress=progress
         )
     print(json.dumps(strict(cells)) if as_json else markdown(cells))
 

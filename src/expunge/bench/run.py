@@ -20,7 +20,7 @@ from torch import nn
 
 from expunge.audits.core import Probe, audit
 from expunge.bench.table import NOTHING, markdown
-from expunge.bench.worlds import SCENARIOS, World, cache_folder, world
+from expunge.bench.worlds import World, cache_folder, world
 from expunge.errors import SettingError
 from expunge.plan import patched
 from expunge.registry import METHODS
@@ -69,15 +69,17 @@ def seed_numbers(text: str) -> Sequence[int]:
 
 
 def bench(
-    name: str, methods: Sequence[str] | str = "all", seeds: int | Sequence[int] = 3, scenarios: Sequence[str] = SCENARIOS, out: Path | str = "bench-out",
+    name: str, methods: Sequence[str] | str = "all", seeds: int | Sequence[int] = 3, scenarios: Sequence[str] = (), out: Path | str = "bench-out",
     *, references: int = 3, slow: bool = False, cache: Path | None = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the cells that are not in OUT/NAME.jsonl yet; returns all cells and writes OUT/NAME.md.
 
+    scenarios   those of the world when none is named
     seeds    how many, from 0 on, or which; the seed decides the original that is unlearned, too
     Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed.
     """
     w, cache = world(name), cache or cache_folder()
+    scenarios = scenarios or w.scenarios
     chosen = [NOTHING, *METHODS] if methods == "all" else [NOTHING, *(METHODS[m].name for m in methods)]
     path = Path(out) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

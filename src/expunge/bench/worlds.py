@@ -4,6 +4,7 @@
     world("mnist")       10,000 + 2,000 images, small CNN: reads EXPUNGE_DATA/vision/mnist
     world("cifar10")     5,000 + 2,000 JPEG images, ResNet-20: reads EXPUNGE_DATA/vision/cifar10
     world("diabetes")    scikit-learn's regression data: always there
+    world("digits-wrong"), world("mnist-wrong")    the same with 5 % wrong labels, which is what must go: a model knows them by heart alone
 
 A split is drawn once per scenario, from a fixed seed, and is the same for every model seed: forget + retain are exactly the records the
 original was trained on. (The reference code of the field draws them from another split: 1 in 10 "forgotten" images was never seen.)
@@ -17,7 +18,7 @@ import io
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ class World:
     test: Examples
     recipe: dict[str, Any]
     forget_class: int = 3
+    wrong: torch.Tensor | None = None
+    """(N,) bool: rows of train whose label is wrong."""
+
+    @property
+    def scenarios(self) -> tuple[str, ...]:
+        """What can be asked for here."""
+        return SCENARIOS if self.wrong is None else ("wrong",)
 
     @property
     def digest(self) -> str:
@@ -56,11 +64,14 @@ class World:
         return hashlib.sha256(doc.encode()).hexdigest()[:12]
 
     def split(self, scenario: str) -> Split:
-        """`class` forgets one class (regression: the lowest fifth of targets), `random` 10 % of the records; the same for every seed."""
-        if scenario not in SCENARIOS:
-            raise SettingError(f"scenario must be one of {', '.join(SCENARIOS)}, not '{scenario}'")
+        """`class` forgets one class (regression: the lowest fifth of targets), `random` 10 % of the records, `wrong` those with wrong labels; the
+        same for every seed."""
+        if scenario not in self.scenarios:
+            raise SettingError(f"scenario must be one of {', '.join(self.scenarios)}, not '{scenario}'")
         n = len(self.train)
-        if scenario == "random":
+        if scenario == "wrong":
+            gone, asked = self.wrong, f"{int(self.wrong.sum())} records with wrong labels"
+        elif scenario == "random":
             gone = torch.zeros(n, dtype=torch.bool)
             gone[torch.randperm(n, generator=torch.Generator().manual_seed(7))[: n // 10]] = True
             asked = f"random 10 % of {n} records"
@@ -141,13 +152,13 @@ def _diabetes() -> World:
     return World("diabetes", regression(), functools.partial(nets.mlp, 10, 1), train, validation, test, recipe)
 
 
-def _mnist() -> World:
+def _mnist(n: int = 4000) -> World:
     path = data_folder() / "vision" / "mnist" / "mnist.npz"
     if not path.exists():
         raise DataError(f"world mnist needs {path}; set EXPUNGE_DATA to the folder that holds vision/mnist/mnist.npz")
     with np.load(path, allow_pickle=False) as z:
         x_train, y_train, x_test, y_test = z["x_train"], z["y_train"], z["x_test"], z["y_test"]
-    train, validation = _thirds(len(y_train), (4000, 1000), 0)
+    train, validation = _thirds(len(y_train), (n, 1000), 0)
     (test,) = _thirds(len(y_test), (2000,), 0)
 
     def part(x, y, i):
@@ -191,7 +202,18 @@ def _cifar10() -> World:
     return World("cifar10", classification(), nets.resnet20, *parts, recipe)
 
 
+def with_wrong_labels(w: World, share: float = 0.05, seed: int = 5) -> World:
+    """The world with `share` of its training labels changed to another class, each other class as likely; validation and test stay right."""
+    g = torch.Generator().manual_seed(seed)
+    n, classes = len(w.train), int(w.train.y.max()) + 1
+    wrong = torch.zeros(n, dtype=torch.bool)
+    wrong[torch.randperm(n, generator=g)[: round(share * n)]] = True
+    y = torch.where(wrong, (w.train.y + torch.randint(1, classes, (n,), generator=g)) % classes, w.train.y)
+    return replace(w, name=f"{w.name}-wrong", train=replace(w.train, y=y), wrong=wrong)
+
+
 WORLDS: dict[str, Callable[[], World]] = {"digits": _digits, "diabetes": _diabetes, "mnist": _mnist, "cifar10": _cifar10}
+WORLDS |= {"digits-wrong": lambda: with_wrong_labels(_digits()), "mnist-wrong": lambda: with_wrong_labels(_mnist(10_000))}
 
 
 def world(name: str) -> World:

@@ -1,0 +1,155 @@
+"""The named checks A1 to D9, each PASS, FAIL or UNKNOWN, by section, Holm-corrected inside a section. Source: card open-problems.
+
+A named check reads rows that the audit has measured. PASS: the worse end of the interval is inside the limit. FAIL: the value is outside, and
+significantly so after Holm's correction over its section. UNKNOWN: a row is missing, or there are too few records to tell. Limits without a
+retrained reference would be arbitrary, so checks that need one say UNKNOWN without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import norm
+
+from expunge.audits.core import Probe, Row
+from expunge.audits.drop import Z
+
+ALPHA = 0.05
+SECTIONS = {"A": "Removal", "B": "Robustness of removal", "C": "Preservation and side effects", "D": "Process"}
+
+
+@dataclass(frozen=True)
+class Named:
+    """One check: its id, what it states, PASS, FAIL or UNKNOWN, why, the p-value of "the statement holds" and the row behind it."""
+
+    id: str
+    statement: str
+    verdict: str
+    why: str
+    p: float = math.nan
+    row: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A statement about rows: each must lie in low..high. `missing` says what an audit lacks when none of them is there."""
+
+    id: str
+    statement: str
+    rows: tuple[str, ...]
+    low: float
+    high: float
+    missing: str = "needs retrained references"
+
+
+RULES = (
+    Rule("A1", "forgotten records behave as if never trained on", ("gap_closed.klom",), 0.5, math.inf),
+    Rule("A3", "membership of forgotten records is hidden, both ways", ("lira.excess", "membership.excess"), -0.05, 0.05),
+    Rule("A4", "what is gone is gone on unseen records of the class", ("accuracy.forget_test",), -math.inf, 0.1, "needs a removed class"),
+    Rule("A8", "inner layers hold no more than those of retrained models", ("probe.excess",), -math.inf, 0.05),
+    Rule("B2", "training on kept records does not bring it back", ("restore.retain",), -math.inf, 0.1),
+    Rule("B3", "relearning one half does not bring the other back", ("relearning.area",), -math.inf, 0.1),
+    Rule("B4", "rounding, pruning and averaging do not bring it back", ("restore.int8", "restore.int4", "restore.prune", "restore.average"), -math.inf, 0.1),
+    Rule("C1", "test accuracy is kept", ("drop.test",), -math.inf, 0.03, "needs test data"),
+    Rule("C5", "no group loses much more than the mean", ("drop.worst",), -math.inf, 0.1, "needs test data"),
+    Rule("C7", "outputs before and after do not point at the forgotten records", ("delta.excess",), -math.inf, 0.1),
+)
+
+
+def p_value(row: Row, low: float, high: float) -> float:
+    """One-sided p of "the true value lies in low..high", by the normal whose 5 % and 95 % ends are the row's; 1 inside."""
+    if not all(map(math.isfinite, (row.value, row.low, row.high))):
+        return math.nan
+    if row.value > high:
+        gap, reach = row.value - high, row.value - row.low
+    elif row.value < low:
+        gap, reach = low - row.value, row.high - row.value
+    else:
+        return 1.0
+    return float(norm.sf(Z * gap / max(reach, 1e-12)))
+
+
+def holm(values: Sequence[float], alpha: float = ALPHA) -> list[bool]:
+    """Which hypotheses are rejected: the k-th smallest p against alpha / (m - k), until one is not; nan is never rejected.
+
+    >>> holm([0.001, 0.02, 0.04]), holm([0.001, 0.03, 0.04])
+    ([True, True, True], [True, False, False])
+    """
+    order = sorted((k for k, v in enumerate(values) if not math.isnan(v)), key=lambda k: values[k])
+    out = [False] * len(values)
+    for rank, k in enumerate(order):
+        if values[k] >= alpha / (len(order) - rank):
+            break
+        out[k] = True
+    return out
+
+
+def read(rule: Rule, rows: Mapping[str, Row]) -> tuple[Row | None, float]:
+    """The row that is farthest from the rule (the first that is there, where rows are alternatives by preference), and its p-value."""
+    there = [rows[n] for n in rule.rows if n in rows]
+    if rule.id == "A3":
+        there = there[:1]
+    graded = [(p_value(r, rule.low, rule.high), r) for r in there]
+    worst = min(graded, key=lambda g: (g[0] if not math.isnan(g[0]) else 2.0, -_outside(g[1], rule)), default=None)
+    return (None, math.nan) if worst is None else (worst[1], worst[0])
+
+
+def _outside(row: Row, rule: Rule) -> float:
+    """How far the worse end lies outside the rule; negative inside."""
+    return max(row.high - rule.high, rule.low - row.low)
+
+
+def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) -> list[Named]:  # noqa: B006
+    """All named checks that apply to classifiers and regressors, weakest first inside each section (FAIL, UNKNOWN, PASS).
+
+    facts   of the process: `seeds` (at least 3), `baselines` (in the table), `reversible` (the patch was applied and undone bit for bit)
+    """
+    by_name = {r.name: r for r in rows}
+    found = []
+    for section in "ABC":
+        rules = [r for r in RULES if r.id[0] == section]
+        read_all = [read(r, by_name) for r in rules]
+        rejected = holm([p_ for _, p_ in read_all])
+        found += [_judged(rule, row, p_, out) for rule, (row, p_), out in zip(rules, read_all, rejected, strict=True)]
+    found += _process(p, by_name, facts)
+    order = {"FAIL": 0, "UNKNOWN": 1, "PASS": 2}
+    return sorted(found, key=lambda n: (n.id[0], order[n.verdict], n.id))
+
+
+def _judged(rule: Rule, row: Row | None, p_: float, rejected: bool) -> Named:
+    if row is None:
+        return Named(rule.id, rule.statement, "UNKNOWN", rule.missing)
+    seen = f"{row.name} {row.value:.3g} ({row.low:.3g} to {row.high:.3g}, n = {row.n}), allowed {_range(rule)}"
+    if math.isnan(p_):
+        return Named(rule.id, rule.statement, "UNKNOWN", f"{row.name} could not be measured: {row.note}", p_, row.name)
+    if row.low >= rule.low and row.high <= rule.high:
+        return Named(rule.id, rule.statement, "PASS", seen, p_, row.name)
+    if rejected:
+        return Named(rule.id, rule.statement, "FAIL", seen, p_, row.name)
+    return Named(rule.id, rule.statement, "UNKNOWN", f"{seen}: too few records to tell", p_, row.name)
+
+
+def _range(rule: Rule) -> str:
+    return f">= {rule.low:g}" if math.isinf(rule.high) else f"<= {rule.high:g}" if math.isinf(rule.low) else f"{rule.low:g}..{rule.high:g}"
+
+
+def _process(p: Probe, rows: Mapping[str, Row], facts: Mapping[str, bool | None]) -> list[Named]:
+    """Section D: facts, not statistics."""
+
+    def fact(id_: str, statement: str, value: bool | None, yes: str, no: str, unknown: str) -> Named:
+        verdict = "UNKNOWN" if value is None else "PASS" if value else "FAIL"
+        return Named(id_, statement, verdict, unknown if value is None else yes if value else no)
+
+    keys = {name: set(part.keys) for name, part in p.split.parts().items() if hasattr(part, "keys")}
+    apart = None if not {"test", "validation"} <= keys.keys() else not (keys["test"] & keys["validation"])
+    return [
+        fact("D1", "the request says what is meant to go", bool(p.split.asked), p.split.asked, "the split has no `asked`", ""),
+        fact("D3", "at least three seeds", facts.get("seeds"), "yes", "fewer than three", "one run alone was audited"),
+        fact("D4", "retrained references are at hand", bool(p.references) or None, f"{len(p.references)} references", "", "no reference was given"),
+        fact("D5", "trivial baselines stand in the table", facts.get("baselines"), "yes", "they do not", "one run alone was audited"),
+        fact("D6", "audit data is apart from tuning data", apart, "no record is shared", "test and validation share records", "no validation part was given"),
+        fact("D7", "cost is reported", "cost.forward" in rows, "yes", "no cost row", ""),
+        fact("D9", "the patch can be undone bit for bit", facts.get("reversible"), "yes", "no", "it was not tried"),
+    ]
