@@ -284,7 +284,12 @@ def bench(
     torch.set_num_threads(1)
     with bar(as_json) as progress:
         cells = runner.bench(
-            world, "all" if methods == "all" else methods.split(","), runner.seed_numbers(seeds), tuple(filter(None, scenarios.split(","))), out, progress=progress
+            world,
+            "all" if methods == "all" else methods.split(","),
+            runner.seed_numbers(seeds),
+            tuple(filter(None, scenarios.split(","))),
+            out,
+            progress=progress,
         )
     print(json.dumps(strict(cells)) if as_json else markdown(cells))
 

@@ -19,7 +19,7 @@ Z = 1.6448536269514722
 
 @check(tasks=("classification", "regression"), needs=("retain", "test"))
 def drop(p: Probe) -> list[Row]:
-    """Rows drop.retain and drop.test; positive means worse than the reference."""
+    """Rows drop.retain and drop.test; positive means worse than the reference. drop.worst: the kept class that lost most on test."""
     names = [f"reference{k}" for k in range(len(p.references))] or ["before"]
     note = f"against the mean of {len(p.references)} retrained models" if p.references else "against the model before"
     removed = torch.tensor(p.removed())
@@ -31,6 +31,10 @@ def drop(p: Probe) -> list[Row]:
         mine = badness(after)[keep]
         scale = 1.0 if p.task.name == "classification" else float(reference.mean().clamp(min=1e-12))
         rows.append(paired(f"drop.{part}", (mine - reference) / scale, note))
+        if part == "test" and after.labels is not None:
+            labels = after.labels[keep]
+            each = {k: paired("drop.worst", (mine - reference)[labels == k], f"class {k}; {note}") for k in labels.unique().tolist()}
+            rows += [max(each.values(), key=lambda r: r.value)] if each else []
     return rows
 
 

@@ -128,6 +128,21 @@ def relearning(p: Probe) -> list[Row]:
     return [*rows, excess(area[0], area[1:], "relearning.area", note)]
 
 
+@check(tasks=("classification",), needs=("forget", "retain", "test"), reference=True, slow=True)
+def benign(p: Probe) -> list[Row]:
+    """restore.retain: excess of what is known of the forget set after 32 SGD steps on retain alone, as a later user would fine-tune."""
+    found = []
+    for model in (p.after, *p.references[:3]):
+        twin = copy.deepcopy(model).requires_grad_(True)
+        s, data = scratch(twin), p.split.retain
+        with guard.watching(guard.Guard()):
+            s.eval()
+            batches = p.task.batches(data, 32, epochs=32 / -(-len(data) // 32), seed=p.seed)
+            descend(s, lambda batch, m=twin: p.task.forward(m, batch).mean.mean(), batches, lr=0.01, momentum=0.9, clip=10.0)
+        found.append(recalled(p, twin))
+    return [excess(found[0], found[1:], "restore.retain", "32 steps on retain")]
+
+
 def curve(p: Probe, model: nn.Module, shown: Tensor, hidden: Tensor) -> list[tuple[float, float, int]]:
     """`recalled` on the hidden half after each number of STEPS on the shown half; the model is left as it is."""
     twin = copy.deepcopy(model).requires_grad_(True)
