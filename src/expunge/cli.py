@@ -271,27 +271,32 @@ def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) 
 @app.command()
 def bench(
     world: str = "digits", methods: Annotated[str, typer.Option(help="Names joined by commas, or all.")] = "all",
-    seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3", scenarios: Annotated[str, typer.Option(help="Names joined by commas; all of the world's without it.")] = "",
-    out: str = "bench-out", as_json: Json = False,
+    seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3",
+    scenarios: Annotated[str, typer.Option(help="Names joined by commas; all of the world's without it.")] = "",
+    out: str = "bench-out",
+    audit_power: Annotated[bool, typer.Option("--audit-power", help="Audit the audit: a population of models of known truth.")] = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on a world (digits, diabetes, mnist, cifar10); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
     import torch
 
-    from expunge.bench import run as runner
-    from expunge.bench.table import markdown
     from expunge.report.table import strict
 
     torch.set_num_threads(1)
+    chosen = tuple(filter(None, scenarios.split(",")))
     with bar(as_json) as progress:
-        cells = runner.bench(
-            world,
-            "all" if methods == "all" else methods.split(","),
-            runner.seed_numbers(seeds),
-            tuple(filter(None, scenarios.split(","))),
-            out,
-            progress=progress,
-        )
-    print(json.dumps(strict(cells)) if as_json else markdown(cells))
+        if audit_power:
+            from expunge.bench import power
+
+            cells = power.bench(world, chosen, out, progress=progress)
+            text = power.markdown(cells)
+        else:
+            from expunge.bench import run as runner
+            from expunge.bench.table import markdown
+
+            cells = runner.bench(world, "all" if methods == "all" else methods.split(","), runner.seed_numbers(seeds), chosen, out, progress=progress)
+            text = markdown(cells)
+    print(json.dumps(strict(cells)) if as_json else text)
 
 
 def _key(path: str) -> bytes | None:

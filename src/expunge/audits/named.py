@@ -8,7 +8,7 @@ retrained reference would be arbitrary, so checks that need one say UNKNOWN with
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import norm
@@ -101,7 +101,7 @@ def _outside(row: Row, rule: Rule) -> float:
     return max(row.high - rule.high, rule.low - row.low)
 
 
-def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) -> list[Named]:  # noqa: B006
+def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) -> list[Named]:
     """All named checks that apply to classifiers and regressors, weakest first inside each section (FAIL, UNKNOWN, PASS).
 
     facts   of the process: `seeds` (at least 3), `baselines` (in the table), `reversible` (the patch was applied and undone bit for bit)
