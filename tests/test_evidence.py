@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 from torch import nn
+from worlds import digits, retrained
 
 from expunge import nets, stacked, training
-from expunge.audits import attacks, competition, epsilon, power
+from expunge.audits import attacks, competition, epsilon, named, pool, power, restore
+from expunge.audits.core import Probe, audit
 from expunge.audits.stats import auc
-from expunge.errors import SettingError
+from expunge.errors import ModelError, SettingError
 from expunge.tasks.classification import classification
-from expunge.types import Examples
+from expunge.types import Examples, Split
 
 
 def points(n: int = 200, seed: int = 0) -> Examples:
@@ -135,3 +138,106 @@ def test_a_claim_needs_its_number():
         assert ends[0] <= claim + 0.002  # the same interval on a sample without signal
     with pytest.raises(SettingError, match="claim must lie above"):
         power.for_rate(0.0)
+
+
+def test_attacked_copies_against_loops():
+    model = nets.small_cnn(8)
+    for bits in (8, 4):
+        twin = restore.rounded(model, bits)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            if p.ndim < 2:
+                assert torch.equal(p, q)
+                continue
+            for row, got in zip(p.detach().flatten(1), q.detach().flatten(1), strict=True):
+                s = float(row.abs().max()) / (2 ** (bits - 1) - 1)
+                torch.testing.assert_close(got, torch.tensor([s * round(float(v) / s) for v in row]), atol=1e-5, rtol=1e-4)
+                assert len(got.unique()) <= 2**bits - 1
+    for p, q in zip(model.parameters(), restore.pruned(model, 0.3).parameters(), strict=True):
+        assert int((q == 0).sum()) == (int(0.3 * p.numel()) if p.ndim > 1 else 0)
+        assert torch.equal(q[q != 0], p[q != 0])
+    other = nets.small_cnn(8)
+    for a, b, c in zip(model.parameters(), other.parameters(), restore.averaged(model, other).parameters(), strict=True):
+        torch.testing.assert_close(c, (a + b) / 2)
+
+
+def test_halves():
+    inside = pool.halves(21, 8, seed=0)
+    assert inside.sum(1).tolist() == [10] * 8
+    assert not (inside[0::2] & inside[1::2]).any()
+    assert int((~(inside[0::2] | inside[1::2])).sum()) == 4  # one record of each pair is in neither
+    with pytest.raises(SettingError, match="even number"):
+        pool.halves(20, 5, seed=0)
+
+
+def test_a_pool_is_trained_once(tmp_path, monkeypatch):
+    data = points(60)
+    model = nets.mlp(6, 3, 8)
+    first = pool.shadows(model, classification(), data, RECIPE, k=6, folder=tmp_path)
+    monkeypatch.setattr(stacked, "train", lambda *a, **k: pytest.fail("trained again"))
+    again = pool.shadows(model, classification(), data, RECIPE, k=6, folder=tmp_path)
+    assert torch.equal(first.margins(data), again.margins(data))
+    asked = data.take([5, 3, 30])  # a second request over part of the universe
+    assert torch.equal(again.sides(asked), again.inside[:, [5, 3, 30]])
+    with pytest.raises(SettingError, match="1 of 3 records are not in the shadow pool"):
+        again.rows(Examples(torch.cat([asked.x[:2], torch.zeros(1, 6)]), asked.y, asked.ids))
+    with pytest.raises(ModelError, match="another architecture"):
+        again.fits(nets.mlp(6, 3, 9))
+    with pytest.raises(SettingError, match="same record twice"):
+        pool.shadows(model, classification(), data.take([0, 0, 1, 2]), RECIPE, k=4)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="damaged"):
+        pool.shadows(model, classification(), data, RECIPE, k=6, folder=tmp_path)
+
+
+def test_calibrated_attack_sees_what_a_population_attack_does_not():
+    """Records with wrong labels, known by heart: LiRA on shadows tells them from unseen records; on a retrained model it does not."""
+    data, rest = points(160), points(400, seed=9)
+    g = torch.Generator().manual_seed(1)
+    wrong = torch.randperm(160, generator=g)[:40]
+    y = data.y.clone()
+    y[wrong] = (y[wrong] + 1) % 3
+    data = replace(data, y=y)
+    unseen = replace(rest.take(range(40)), y=(rest.y[:40] + 1) % 3)  # wrong labels, never trained on
+    keep = torch.ones(160, dtype=torch.bool)
+    keep[wrong] = False
+    split = Split(data.take(wrong), data.take(keep.nonzero().squeeze(1)), unseen, asked="wrong labels")
+    recipe = {**RECIPE, "epochs": 150, "lr": 0.1}
+    universe = Examples(*(torch.cat([getattr(data, f), getattr(unseen, f)]) for f in ("x", "y")), torch.arange(200))
+    task, build = classification(), lambda: nets.mlp(6, 3, 32)
+    shadow = pool.shadows(build(), task, universe, recipe, k=16)
+    models = []
+    for part in (data, split.retain):
+        models.append(build())
+        training.train(models[-1], task, part, seed=3, **recipe)
+    found = [{r.name: r for r in audit(Probe(models[0], m, task, split, pool=shadow), ["lira", "rmia"])} for m in models]
+    assert found[0]["lira.auc"].low > 0.8 and found[0]["lira.epsilon"].value > 0.5
+    assert found[1]["lira.auc"].low < 0.6 and found[1]["lira.epsilon"].value < 0.5
+    assert found[0]["rmia.auc"].value > found[1]["rmia.auc"].value + 0.2
+    assert "needs at least 1,000 non-members" in found[0]["lira.tpr.001"].note
+
+
+def test_named_checks_on_known_truth():
+    """Class removal: the untouched model fails by name, weakest first; a retrained one fails nothing; without references nothing is claimed."""
+    model, task, split = digits("class")
+    refs = tuple(retrained("digits", "class", k) for k in range(3))
+    for after, verdicts in (
+        (model, {"A1": "FAIL", "A4": "FAIL", "B4": "FAIL", "B3": "FAIL", "C1": "PASS"}),
+        (retrained("digits", "class", 3), {"A1": "PASS", "B4": "PASS"}),
+    ):
+        p = Probe(model, after, task, split, refs)
+        found = named.named(p, audit(p))
+        by_id = {n.id: n.verdict for n in found}
+        assert verdicts.items() <= by_id.items()
+        if after is not model:
+            assert "FAIL" not in {n.verdict for n in found if n.id[0] in "ABC"}
+        order = [n.verdict for n in found if n.id[0] == "A"]
+        assert order == sorted(order, key=["FAIL", "UNKNOWN", "PASS"].index)
+    p = Probe(model, model, task, split)
+    alone = {n.id: n for n in named.named(p, audit(p, slow=False))}
+    assert alone["A1"].verdict == "UNKNOWN" and "references" in alone["A1"].why
+
+
+def test_holm_of_the_card():
+    assert named.holm([0.001, 0.02, 0.04]) == [True, True, True]
+    assert named.holm([0.04, math.nan, 0.001, 0.03]) == [False, False, True, False]
