@@ -9,6 +9,7 @@ Settings
     alpha       how many times more important for forget than for all data a weight must be
     lam         strength: the factor is lam * I_D / I_f
     exponent    of the factor
+    labels      false gives LFSSD, which reads no label: importance is the mean of |grad ||logits||^2| in place of the squared gradient of CE
     per_sample  importance from per-example gradients; false gives the published batch-mean form
     batch_size  examples per batch of the batch-mean form
     buffers     move, freeze or recompute: what happens to batch-norm statistics
@@ -31,7 +32,7 @@ from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
 from expunge.types import Split, Task
-from expunge.updates.gradients import fisher
+from expunge.updates.gradients import fisher, sensitivity
 from expunge.updates.oneshot import dampen
 
 
@@ -43,13 +44,15 @@ from expunge.updates.oneshot import dampen
     toy={"alpha": 4.0, "lam": 1.0},
 )
 def ssd(
-    model: nn.Module, task: Task, split: Split, *, alpha: float = 4.0, lam: float = 1.0, exponent: float = 1.0, per_sample: bool = True, batch_size: int = 64,
+    model: nn.Module, task: Task, split: Split, *, alpha: float = 4.0, lam: float = 1.0, exponent: float = 1.0, labels: bool = True,
+    per_sample: bool = True, batch_size: int = 64,
     buffers: str = "freeze", seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if alpha < 0 or lam < 0:
         raise SettingError(f"alpha and lam must be 0 or larger; found {alpha} and {lam}")
-    here, kept = (fisher(model, task, data, per_sample=per_sample, batch_size=batch_size) for data in (split.forget, split.retain))
+    kind = {} if labels else {"loss": sensitivity, "power": 1}
+    here, kept = (fisher(model, task, data, per_sample=per_sample, batch_size=batch_size, **kind) for data in (split.forget, split.retain))
     n, m = len(split.forget), len(split.retain)
     there = {name: (n * here[name] + m * kept[name]) / (n + m) for name in here}
     with edit(model, everything(model, buffers), stats=task.batches(split.retain, 256)) as e:
