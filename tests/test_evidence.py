@@ -15,8 +15,9 @@ from worlds import digits, retrained
 
 from expunge import nets, stacked, training
 from expunge.audits import attacks, competition, epsilon, named, pool, power, restore
-from expunge.audits.core import Probe, audit
+from expunge.audits.core import Probe, audit, score
 from expunge.audits.stats import auc
+from expunge.data import worst
 from expunge.errors import ModelError, SettingError
 from expunge.tasks.classification import classification
 from expunge.types import Examples, Split
@@ -241,3 +242,23 @@ def test_named_checks_on_known_truth():
 def test_holm_of_the_card():
     assert named.holm([0.001, 0.02, 0.04]) == [True, True, True]
     assert named.holm([0.04, math.nan, 0.001, 0.03]) == [False, False, True, False]
+
+
+def test_worst_case_sets_are_what_the_rest_explains():
+    """Left out, the hardest set is still predicted better than a random one, and the easiest worse; two seeds agree."""
+    model, task, split = digits("random")
+    train = Examples(*(torch.cat([getattr(split.forget, f), getattr(split.retain, f)]) for f in ("x", "y", "ids")))
+    sets = {"hard": worst.select(model, task, train, 100), "easy": worst.select(model, task, train, 100, easiest=True), "random": torch.arange(100)}
+    left = {}
+    for name, rows in sets.items():
+        keep = torch.ones(len(train), dtype=torch.bool)
+        keep[rows] = False
+        other = training.fresh(model, 1)
+        training.train(other, task, train.take(keep.nonzero().squeeze(1)), epochs=15, batch_size=50, lr=0.05, optimizer="nesterov", momentum=0.9, seed=1)
+        left[name] = float(score(other, task, train.take(rows)).nll.mean())
+    assert left["hard"] < 0.3 * left["random"] < left["easy"]
+    assert worst.jaccard(sets["hard"], worst.select(model, task, train, 100, seed=9)) > 0.8
+    w = worst.upper(torch.full((50,), 0.2), torch.rand(50), 10, lr=0.3)
+    assert abs(float(w.sum()) - 10) < 1e-5 and float(w.min()) >= 0 and float(w.max()) <= 1
+    with pytest.raises(SettingError, match="m must be 1 to"):
+        worst.select(model, task, train, 0)
