@@ -22,7 +22,7 @@ from expunge.types import Examples, Task
 def project(a: Tensor, m: float) -> Tensor:
     """clip(a - mu, 0, 1) with mu such that the sum is m: the nearest point of {0 <= w <= 1, sum w = m}. By bisection, to 1e-7.
 
-    >>> project(torch.tensor([0.9, 0.5, 0.2, -0.1]), 1)
+    >>> project(torch.tensor([0.9, 0.5, 0.2, -0.1]), 1).round(decimals=6)
     tensor([0.7000, 0.3000, 0.0000, 0.0000])
     """
     given, a = a, a.double()
