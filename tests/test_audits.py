@@ -141,3 +141,9 @@ def test_report_is_inert_and_the_same_twice():
 def test_report_of_almost_nothing():
     assert "Not passed" in html.render({"title": "t"})
     assert table.markdown({"title": "t"}).count("\n") == 1
+
+
+def test_bootstrap_of_means_agrees_with_the_loop():
+    values = torch.randn(300, generator=torch.Generator().manual_seed(0)).double()
+    loop = stats.bootstrap(lambda r: float(values[r].mean()), 300, 0)
+    assert stats.bootstrap_mean(values, 0) == pytest.approx(loop, abs=0.02)

@@ -215,11 +215,11 @@ def _audit(p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial]
     return Try(attempt, rows, tuple(judge(rows, trials)))
 
 
-def baselines(p: Probe) -> dict[str, list[Row]]:
-    """Rows of the untouched original, and of one retrained model read against the others."""
-    out = {"original": audit(replace(p, after=p.before), slow=False)}
+def baselines(p: Probe, checks: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """Rows of the untouched original, and of one retrained model read against the others; of all checks or the named ones."""
+    out = {"original": audit(replace(p, after=p.before), checks, slow=False)}
     if len(p.references) >= 2:
-        out["retrained"] = audit(replace(p, after=p.references[0], references=p.references[1:]), slow=False)
+        out["retrained"] = audit(replace(p, after=p.references[0], references=p.references[1:]), checks, slow=False)
     return out
 
 
@@ -300,7 +300,7 @@ def forget(
     notes = _notes(p, trials)
     if blind and stop and not methods:
         notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
-    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p), notes)
+    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, checks), notes)
 
 
 def _ladder(defaults: Mapping[str, Any], scales: Sequence[float]) -> Iterable[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.membership import svc, svc_features
-from expunge.audits.stats import bootstrap
+from expunge.audits.stats import bootstrap, bootstrap_mean
 from expunge.audits.utility import jensen_shannon
 from expunge.registry import check
 
@@ -96,7 +96,7 @@ def gap_closed(name: str, before: Tensor, after: Tensor, floor: Tensor, kept: fl
 
 
 def _boot(values: Tensor, seed: int) -> tuple[float, float]:
-    return bootstrap(lambda r: float(values[r].mean()), len(values), seed)
+    return bootstrap_mean(values, seed)
 
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:

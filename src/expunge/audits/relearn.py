@@ -26,7 +26,12 @@ def relearn(p: Probe) -> list[Row]:
     mine = steps(p, p.after, goal)
     rows = [Row("relearn.steps", mine, mine - EVERY, mine + EVERY, 1, note, indicative=True)]
     if p.references:
-        rest = [steps(p, r, goal) for r in p.references[:2]]
+        rest = []
+        for r in p.references[:2]:
+            key = ("relearn", id(r), goal, p.seed)
+            if key not in p.cache:
+                p.cache[key] = (steps(p, r, goal), r)
+            rest.append(p.cache[key][0])
         low, high, mean = min(rest), max(rest), sum(rest) / len(rest)
         value = mine / max(mean, 1e-9)
         rows.append(Row("relearn.ain", value, (mine - EVERY) / max(high, EVERY), (mine + EVERY) / max(low - EVERY, 1e-9), len(rest), note, indicative=True))

@@ -59,6 +59,15 @@ def bootstrap(statistic: Callable[[Tensor], float], n: int, seed: int, rounds: i
     return float(low), float(high)
 
 
+def bootstrap_mean(values: Tensor, seed: int, rounds: int = 200) -> tuple[float, float]:
+    """`bootstrap` of the mean of (N,), all resamples at once."""
+    n = len(values)
+    generator = torch.Generator().manual_seed(seed)
+    means = values.double()[torch.randint(n, (rounds, n), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.05, 0.95], dtype=torch.double))
+    return float(low), float(high)
+
+
 def matched(forget: Tensor, test: Tensor, seed: int) -> tuple[Tensor, str]:
     """Positions in test whose targets follow the forget set's distribution, and a sentence that says how they were drawn.
 
