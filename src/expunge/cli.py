@@ -80,12 +80,9 @@ def settings(method: str, extra: list[str]) -> dict[str, Any]:
 
 @app.command()
 def demo(out: str = "expunge-demo", seeds: int = 3, as_json: Json = False) -> None:
-    """Forget a class and 10 % of the records of real digits, audited against retraining. Takes about two minutes."""
-    import torch
-
+    """Forget a class and 10 % of the records of real digits, audited against retraining. Takes one to two minutes."""
     from expunge import demo as main_job
 
-    torch.set_num_threads(1)
     with bar(as_json) as progress:
         result = main_job.demo(out, seeds=seeds, progress=progress)
     if as_json:
