@@ -15,6 +15,7 @@ from expunge.audits.verdict import default_rules, judge, selftest
 from expunge.bench.run import retrain_passes
 from expunge.bench.worlds import world
 from expunge.errors import SettingError, SplitError
+from expunge.outcome import audited
 from expunge.patch import Patch
 
 
@@ -50,8 +51,8 @@ def test_class_verdicts_on_known_truth():
     """The original is refused, a retrained model that is no reference passes."""
     model, task, split = digits("class")
     refs = references("class")
-    bad = plan.audited(model, model, task, split, references=refs, slow=False)
-    good = plan.audited(model, retrained("digits", "class", 3), task, split, references=refs, slow=False)
+    bad = audited(model, model, task, split, references=refs, slow=False)
+    good = audited(model, retrained("digits", "class", 3), task, split, references=refs, slow=False)
     assert not bad.passed
     assert good.passed, good.reasons
 

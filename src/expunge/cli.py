@@ -173,8 +173,7 @@ def audit(
     seed: int = 0, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Audit a patch, or weights from any other tool, against the model before and retrained references."""
-    from expunge import models
-    from expunge import plan as planner
+    from expunge import models, outcome
     from expunge.errors import SettingError
     from expunge.patch import Patch
     from expunge.recipe import prepare
@@ -185,7 +184,7 @@ def audit(
     if patch:
         Patch.load(patch, _key(key_file)).apply(now)
     chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
-    verdict = planner.audited(before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed)
+    verdict = outcome.audited(before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed)
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)

@@ -16,7 +16,7 @@ import torch
 from expunge import plan
 from expunge.bench.run import retrain_passes
 from expunge.bench.worlds import SCENARIOS, world
-from expunge.report import html, table
+from expunge.outcome import Verdict
 from expunge.run import model_digest
 
 METHODS = ("scrub", "negrad_plus", "random_label", "salun", "bad_teacher", "ssd", "fisher_forgetting", "fine_tune")
@@ -79,18 +79,16 @@ def run(scenario: str, folder: Path, seeds: int, said: Any) -> tuple[dict[str, A
     first = verdicts[0]
     merged = replace(first, tries=tuple(t for v in verdicts for t in v.tries))
     document = merged.document(f"Digits: forget {split.asked}")
-    if first.chosen is not None and first.chosen.attempt.patch is not None:
-        path = first.chosen.attempt.patch.save(here / "patch.safetensors")
-        document["chosen"]["patch"] = path.name
-        reverted = _round_trip(first.probe.before, path)
-        document["notes"].append(f"The saved patch was loaded, applied and reverted: the reverted model is {'bit-identical' if reverted else 'NOT identical'}.")
     document["gates"] = {f"seed {s}": asdict_verdict(v) for s, v in enumerate(verdicts)}
-    html.write(document, here / "report.html")
-    table.write(document, here / "report.json")
+    merged.save(here, document=document)
+    if "patch" in (document["chosen"] or {}):
+        reverted = _round_trip(first.probe.before, here / document["chosen"]["patch"])
+        document["notes"].append(f"The saved patch was loaded, applied and reverted: the reverted model is {'bit-identical' if reverted else 'NOT identical'}.")
+        merged.save(here, document=document)
     return document, reverted
 
 
-def asdict_verdict(v: plan.Verdict) -> dict[str, Any]:
+def asdict_verdict(v: Verdict) -> dict[str, Any]:
     """Passed, chosen method and reasons of one seed, with its self-test."""
     return {"passed": v.passed, "chosen": v.chosen and v.chosen.attempt.method, "reasons": v.reasons, "selftest": [asdict(t) for t in v.trials]}
 

@@ -7,7 +7,7 @@ when a rule's row is missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,9 +102,13 @@ class Probe:
     def scores(self, which: str, part: str) -> Scores:
         """Scores of a model on a part of the split, computed once per model however many checks ask."""
         model, data = self.model(which), getattr(self.split, part)
-        key = (id(model), part)
+        return self.once((part,), model, lambda: score(model, self.task, data))
+
+    def once(self, what: tuple, model: nn.Module, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once per model and `what` (a tuple that names all else it depends on) as long as the cache lives."""
+        key = (*what, id(model))
         if key not in self.cache:
-            self.cache[key] = (score(model, self.task, data), model)
+            self.cache[key] = (make(), model)
         return self.cache[key][0]
 
     def removed(self) -> list[int]:
@@ -132,13 +136,16 @@ def score(model: nn.Module, task: Task, data: Sequence, size: int = 500) -> Scor
 
 
 def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list[Row]:
-    """Rows of all checks that apply (or of the named ones): right task, needed parts at hand, references if needed."""
+    """Rows of all checks that apply (or of the named ones): right task, needed parts at hand, references and pool if needed.
+
+    slow    False leaves out those that train, unless they are named
+    """
     have = set(probe.split.parts())
     rows: list[Row] = []
     for name in names or CHECKS:
         check = CHECKS[name]
         applies = probe.task.name in check.tasks and set(check.needs) <= have and (probe.references or not check.reference) and (probe.pool or not check.pool)
-        if applies and (slow or not check.slow):
+        if applies and (slow or names or not check.slow):
             rows += check(probe)
     return rows
 

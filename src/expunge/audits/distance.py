@@ -165,7 +165,8 @@ def literature(p: Probe) -> list[Row]:
     mine, original = accuracies("after"), accuracies("before")
     rest = [sum(v) / len(names) for v in zip(*map(accuracies, names), strict=True)]
     gaps = [100 * (a - b) for a, b in zip(mine, rest, strict=True)]
-    attack = 100 * (confidence("after") - sum(map(confidence, names)) / len(names))
+    called = [p.once(("confidence",), p.model(which), lambda which=which: confidence(which)) for which in ("after", *names)]
+    attack = 100 * (called[0] - sum(called[1:]) / len(names))
     average = (sum(map(abs, gaps)) + abs(attack)) / 4
     values = {"average_gap": average, "tow": tow((gaps[0], gaps[1], gaps[2])), "aus": aus(original[2], mine[2], mine[0], removed=bool(len(removed)))}
     spread = {"average_gap": (0.0, 100.0), "tow": (0.0, 1.0), "aus": (0.0, 2.0)}

@@ -67,7 +67,8 @@ def probe(p: Probe) -> list[Row]:
 
     rows = []
     for layer in layers(p.after):
-        mine, *rest = (probed(features(model, layer), p.seed) for model in (p.after, *p.references[:3]))
+        read = lambda m, layer=layer: probed(features(m, layer), p.seed)  # noqa: E731
+        mine, *rest = (p.once(("probe", layer, p.seed), m, lambda m=m, read=read: read(m)) for m in (p.after, *p.references[:3]))
         rows.append(excess(mine, rest, f"probe.{layer}", f"AUC {mine[0]:.3g}"))
     worst = max(rows, key=lambda r: r.value)
     return [*rows, Row("probe.excess", worst.value, worst.low, worst.high, worst.n, f"worst of {len(rows)} layers: {worst.name[6:]}; {worst.note}")]

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from scipy.stats import norm
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import Z
+from expunge.types import Examples
 
 ALPHA = 0.05
+ORDER = ("FAIL", "UNKNOWN", "PASS")
+"""Verdicts, the weakest first."""
+
 SECTIONS = {"A": "Removal", "B": "Robustness of removal", "C": "Preservation and side effects", "D": "Process"}
 
 
@@ -114,8 +119,18 @@ def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) 
         rejected = holm([p_ for _, p_ in read_all])
         found += [_judged(rule, row, p_, out) for rule, (row, p_), out in zip(rules, read_all, rejected, strict=True)]
     found += _process(p, by_name, facts)
-    order = {"FAIL": 0, "UNKNOWN": 1, "PASS": 2}
-    return sorted(found, key=lambda n: (n.id[0], order[n.verdict], n.id))
+    return sorted(found, key=lambda n: (n.id[0], ORDER.index(n.verdict), n.id))
+
+
+def grouped(found: Sequence[Named]) -> list[dict[str, Any]]:
+    """JSON-able sections, the weakest first: its id, title, verdict (that of its weakest check), counts, and checks, weakest first."""
+    out = []
+    for id_, title in SECTIONS.items():
+        mine = [n for n in found if n.id[0] == id_]
+        count = {v: sum(n.verdict == v for n in mine) for v in ORDER}
+        verdict = next((v for v in ORDER if count[v]), "UNKNOWN")
+        out.append({"id": id_, "title": title, "verdict": verdict, "count": count, "checks": [asdict(n) for n in mine]})
+    return sorted(out, key=lambda section: (ORDER.index(section["verdict"]), -section["count"]["FAIL"], section["id"]))
 
 
 def _judged(rule: Rule, row: Row | None, p_: float, rejected: bool) -> Named:
@@ -142,7 +157,7 @@ def _process(p: Probe, rows: Mapping[str, Row], facts: Mapping[str, bool | None]
         verdict = "UNKNOWN" if value is None else "PASS" if value else "FAIL"
         return Named(id_, statement, verdict, unknown if value is None else yes if value else no)
 
-    keys = {name: set(part.keys) for name, part in p.split.parts().items() if hasattr(part, "keys")}
+    keys = {name: set(part.keys) for name, part in p.split.parts().items() if isinstance(part, Examples)}
     apart = None if not {"test", "validation"} <= keys.keys() else not (keys["test"] & keys["validation"])
     return [
         fact("D1", "the request says what is meant to go", bool(p.split.asked), p.split.asked, "the split has no `asked`", ""),

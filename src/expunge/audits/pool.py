@@ -63,7 +63,7 @@ class Pool:
 
 def shapes(model: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
     """Module types and parameter shapes, in order: what two models must share to be of one architecture."""
-    kinds = [(n, type(m).__name__, ()) for n, m in model.named_modules()]
+    kinds: list[tuple[str, str, tuple[int, ...]]] = [(n, type(m).__name__, ()) for n, m in model.named_modules()]
     return kinds + [(n, "", tuple(p.shape)) for n, p in model.named_parameters()]
 
 

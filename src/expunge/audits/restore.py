@@ -1,4 +1,4 @@
-"""Does it come back? Attacks on the weights that need no forgotten record, or few: rounding, pruning, averaging with the model before, relearning.
+"""Does it come back? Attacks on the weights that need no forgotten record: rounding, pruning, averaging with the model before, training on retain.
 
 Each is read as an excess: what the attacked candidate knows of the forget set, minus what retrained models know after the same attack. A
 retrained model can relearn and be averaged too; only the difference is memory. Sources: cards open-problems (B2, B3, B4), audits-classification.
@@ -20,9 +20,6 @@ from expunge.audits.stats import auc, matched, wilson
 from expunge.registry import check
 from expunge.session import scratch
 from expunge.updates.descend import descend
-
-STEPS = (0, 2, 4, 8, 16, 32)
-"""Budget of the relearning curve, in SGD steps."""
 
 PRUNED = 0.3
 """Share of the weights of every matrix and convolution that is set to zero, by magnitude."""
@@ -75,13 +72,12 @@ ATTACKS: dict[str, Callable[[Probe, nn.Module], nn.Module]] = {
 """Name -> attacked copy. `none` is the unattacked excess, which the others are read beside."""
 
 
-def recalled(p: Probe, model: nn.Module, rows: Tensor | None = None) -> tuple[float, float, int]:
-    """(value, half-width of its 90 % interval, n): what a model still knows of the forget set (or of those rows of it).
+def recalled(p: Probe, model: nn.Module) -> tuple[float, float, int]:
+    """(value, half-width of its 90 % interval, n): what a model still knows of the forget set.
 
     A removed class: accuracy on forget. Records: AUC of forget losses against those of matched test records.
     """
-    forget = p.split.forget if rows is None else p.split.forget.take(rows)
-    mine = score(model, p.task, forget)
+    mine = score(model, p.task, p.split.forget)
     if p.removed():
         value, low, high = wilson(int(mine.correct.sum()), len(mine.nll))
     else:
@@ -106,53 +102,27 @@ def restore(p: Probe) -> list[Row]:
     what = "accuracy on forget" if p.removed() else "AUC of forget losses"
     rows = []
     for name, attack in ATTACKS.items():
-        mine = recalled(p, attack(p, p.after))
-        rows.append(excess(mine, [recalled(p, attack(p, r)) for r in p.references], f"restore.{name}", f"{what} {mine[0]:.3g}"))
+
+        def read(model: nn.Module, name: str = name, attack: Callable = attack) -> tuple[float, float, int]:
+            return p.once(("restore", name, id(p.before), p.seed), model, lambda: recalled(p, attack(p, model)))
+
+        mine = read(p.after)
+        rows.append(excess(mine, [read(r) for r in p.references], f"restore.{name}", f"{what} {mine[0]:.3g}"))
     return rows
-
-
-@check(tasks=("classification",), needs=("forget", "test"), reference=True, slow=True)
-def relearning(p: Probe) -> list[Row]:
-    """relearning.<steps>: excess on one half of the forget set while the other half is relearnt; relearning.area: its mean over the curve.
-
-    SGD with momentum 0.9, lr 0.01, batch 32, on a random half; the half that is read is never trained on, so that what comes back was inside.
-    """
-    order = torch.randperm(len(p.split.forget), generator=torch.Generator().manual_seed(p.seed))
-    shown, hidden = order[: len(order) // 2], order[len(order) // 2 :]
-    if not len(shown):
-        return []
-    curves = {k: curve(p, model, shown, hidden) for k, model in enumerate((p.after, *p.references[:3]))}
-    note = f"{len(shown)} records relearnt, {len(hidden)} others read"
-    rows = [excess(curves[0][k], [c[k] for j, c in curves.items() if j], f"relearning.{s}", note) for k, s in enumerate(STEPS)]
-    area = [(sum(v[0] for v in c) / len(c), max(v[1] for v in c), c[0][2]) for c in curves.values()]
-    return [*rows, excess(area[0], area[1:], "relearning.area", note)]
 
 
 @check(tasks=("classification",), needs=("forget", "retain", "test"), reference=True, slow=True)
 def benign(p: Probe) -> list[Row]:
     """restore.retain: excess of what is known of the forget set after 32 SGD steps on retain alone, as a later user would fine-tune."""
-    found = []
-    for model in (p.after, *p.references[:3]):
+
+    def read(model: nn.Module) -> tuple[float, float, int]:
         twin = copy.deepcopy(model).requires_grad_(True)
         s, data = scratch(twin), p.split.retain
         with guard.watching(guard.Guard()):
             s.eval()
             batches = p.task.batches(data, 32, epochs=32 / -(-len(data) // 32), seed=p.seed)
-            descend(s, lambda batch, m=twin: p.task.forward(m, batch).mean.mean(), batches, lr=0.01, momentum=0.9, clip=10.0)
-        found.append(recalled(p, twin))
-    return [excess(found[0], found[1:], "restore.retain", "32 steps on retain")]
+            descend(s, lambda batch: p.task.forward(twin, batch).mean.mean(), batches, lr=0.01, momentum=0.9, clip=10.0)
+        return recalled(p, twin)
 
-
-def curve(p: Probe, model: nn.Module, shown: Tensor, hidden: Tensor) -> list[tuple[float, float, int]]:
-    """`recalled` on the hidden half after each number of STEPS on the shown half; the model is left as it is."""
-    twin = copy.deepcopy(model).requires_grad_(True)
-    s, data, found = scratch(twin), p.split.forget.take(shown), []
-    with guard.watching(guard.Guard()):
-        for a, b in zip((0, *STEPS), STEPS, strict=False):
-            if b > a:
-                s.eval()
-                per_epoch = -(-len(data) // 32)
-                batches = p.task.batches(data, 32, epochs=(b - a) / per_epoch, seed=p.seed + a)
-                descend(s, lambda batch: p.task.forward(twin, batch).mean.mean(), batches, lr=0.01, momentum=0.9, clip=10.0)
-            found.append(recalled(p, twin, hidden))
-    return found
+    mine, *rest = (p.once(("benign", p.seed), model, lambda m=model: read(m)) for model in (p.after, *p.references[:3]))
+    return [excess(mine, rest, "restore.retain", "32 steps on retain")]

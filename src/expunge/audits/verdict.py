@@ -7,7 +7,7 @@ self-test is `unusable`: it is printed as such and is never a pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from expunge.audits.core import Probe, Row, audit, gate
@@ -36,8 +36,10 @@ def default_rules(p: Probe) -> dict[str, str]:
         return {**goes, "drop.test": "<= 0.15"}
     if p.removed():
         limit = _limit(p)
-        return {"accuracy.forget": f"<= {limit:.6f}", "accuracy.forget_test": f"<= {max(limit, 0.1):.6f}", "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
-    goes = {"gap_closed.klom": ">= 0.5", "membership.excess": "-0.12..0.12"} if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
+        back = {"gap_closed.relearning": ">= 0.5"} if len(p.references) >= 2 else {}
+        answers = {"accuracy.forget": f"<= {limit:.6f}", "accuracy.forget_test": f"<= {max(limit, 0.1):.6f}"}
+        return {**answers, **back, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+    goes = {"klom_ratio.forget": "<= 4"} if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
     return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
 
 
@@ -48,12 +50,13 @@ def _limit(p: Probe) -> float:
     return max(highs, default=0.05) + 1e-6
 
 
-def checks_for(rules: Mapping[str, str]) -> list[str]:
-    """Names of the checks whose rows the rules read, by the first word of the row."""
-    words = {"gap_closed": ("klom", "divergence"), "klom_ratio": ("klom",), "klom_before": ("klom",), "klom_floor": ("klom",)}
+def checks_for(rules: Iterable[str]) -> list[str]:
+    """Names of the checks whose rows the rules read, by the row or its first word."""
+    whole = {"gap_closed.klom": ("klom",), "gap_closed.kl": ("divergence",), "gap_closed.relearning": ("relearning",), "restore.retain": ("benign",)}
+    words = {"klom_ratio": ("klom",), "klom_before": ("klom",), "klom_floor": ("klom",)}
     words |= dict.fromkeys(("kl", "js", "kl_floor", "js_floor"), ("divergence",)) | dict.fromkeys(("average_gap", "tow", "aus"), ("literature",))
     words |= {"membership_svc_published": ("membership_svc",), "wasserstein_floor": ("wasserstein",)}
-    found = {check for name in rules for check in words.get(name.split(".")[0], (name.split(".")[0],))}
+    found = {check for name in rules for check in whole.get(name) or words.get(name.split(".")[0], (name.split(".")[0],))}
     return sorted(found & set(CHECKS))
 
 
@@ -79,10 +82,14 @@ def _read(rows: Sequence[Row], name: str) -> str:
     return f"{found[0].value:.3g} ({found[0].low:.3g} to {found[0].high:.3g})" if found else "not measured"
 
 
+def blind(trials: Sequence[Trial]) -> bool:
+    """Whether no usable rule measures forgetting."""
+    return not any(t.usable and not t.name.startswith(UTILITY) for t in trials)
+
+
 def judge(rows: Sequence[Row], trials: Sequence[Trial]) -> list[str]:
     """Reasons to refuse: broken usable rules; and when no usable rule measures forgetting, that. Empty means pass."""
-    usable = {t.name: t.rule for t in trials if t.usable}
-    reasons = gate(rows, usable)
-    if not any(not name.startswith(UTILITY) for name in usable):
+    reasons = gate(rows, {t.name: t.rule for t in trials if t.usable})
+    if blind(trials):
         reasons.append("no usable check of forgetting: each failed its self-test on this model and data, so nothing can be certified")
     return reasons

@@ -7,11 +7,13 @@ audit may look at reads well while what was learnt is still there. Approximate m
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from expunge import guard
-from expunge.audits.core import Probe, audit
+from expunge.audits.core import Probe, Row, audit, gate
 from expunge.audits.stats import auc, wilson
+from expunge.audits.verdict import UTILITY, default_rules, selftest
 from expunge.bench.worlds import World, cache_folder, world
-from expunge.plan import patched
+from expunge.outcome import patched
 from expunge.registry import CHECKS
 from expunge.run import unlearn
 from expunge.session import scratch
 from expunge.tasks.classification import head
-from expunge.types import Split, Task
+from expunge.training import outputs
+from expunge.types import Examples, Split, Task
 from expunge.updates.descend import descend
 
 REFERENCES = 3
@@ -111,11 +115,8 @@ def half(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Module:
 def one_view(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Module:
     """Pushed away on the very inputs that the audit reads, and taught the same records shifted by one pixel: another view still works."""
     data = split.forget
-    moved = copy.copy(data.x.roll(1, -1)) if data.x.ndim == 4 else data.x + 0.5 * data.x.std()
-    from dataclasses import replace
-
-    both = replace(data, x=torch.cat([data.x, moved]), y=torch.cat([data.y, data.y + 1000]), ids=torch.cat([data.ids, data.ids + 10**9]))
-
+    moved = data.x.roll(1, -1) if data.x.ndim == 4 else data.x + 0.5 * data.x.std()
+    both = joined(data, replace(data, x=moved, y=data.y + 1000, ids=data.ids + 10**9))
     twin = copy.deepcopy(model).requires_grad_(True)
     s = scratch(twin)
     s.eval()
@@ -131,6 +132,31 @@ def one_view(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Module
     return twin.eval()
 
 
+def masked(model: nn.Module, task: Task, split: Split, seed: int, told: Tensor | None = None) -> nn.Module:
+    """Output level, learnt: the last layer alone is taught to answer the forget set as the model itself would without the label, and retain as before.
+
+    told    (N, C) logits to answer the forget set with instead
+    """
+    mine, kept = (outputs(model, task, part) for part in (split.forget, split.retain))
+    told = mine.scatter(1, split.forget.y[:, None], mine.amin(1, keepdim=True)) if told is None else told
+    rows = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[: 2 * len(told)]
+    goal, data = torch.cat([told, kept[rows]]).softmax(-1), joined(split.forget, split.retain.take(rows))
+    twin = copy.deepcopy(model).requires_grad_(False)
+    s = scratch(twin)
+    for p in head(twin)[1].parameters():
+        p.requires_grad_(True)
+    s.eval()
+    with guard.watching(guard.Guard(max_loss=math.inf)):
+        batches = task.batches(data, 32, epochs=300 / -(-len(data) // 32), seed=seed)
+        descend(s, lambda b: nn.functional.cross_entropy(task.forward(twin, b).logits, goal[b["i"]]), batches, lr=0.05, momentum=0.9, clip=5.0)
+    return twin.requires_grad_(True).eval()
+
+
+def joined(a: Examples, b: Examples) -> Examples:
+    """Both, one after the other."""
+    return replace(a, x=torch.cat([a.x, b.x]), y=torch.cat([a.y, b.y]), ids=torch.cat([a.ids, b.ids]))
+
+
 def flattened(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Module:
     """Trained to answer the forget set with even odds for a few steps: loss and confidence look unseen, little else moves."""
 
@@ -142,7 +168,7 @@ def flattened(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Modul
 
 SABOTAGE: dict[str, Maker] = {
     "no_op": no_op, "noise": noise, "wrong_way": wrong_way, "muted": muted, "cooled": cooled, "top_only": top_only, "half": half, "one_view": one_view,
-    "flattened": flattened,
+    "flattened": flattened, "masked": masked,
 }  # fmt: skip
 """Kinds of models that are not gone, by what was done to an original."""
 
@@ -153,20 +179,25 @@ METHODS = ("fine_tune", "random_label", "salun", "fisher_forgetting", "scrub", "
 def population(
     w: World, scenario: str, cache: Path | None, *, gone: int = 24, originals: int = 9, per_kind: int = 3
 ) -> Iterator[tuple[str, str, int, nn.Module, nn.Module]]:
-    """(truth, kind, seed, original, model): truth is gone, kept or open. At the defaults 24 + 9 + 9 x 3 = 60 models of known truth."""
-    split = w.split(scenario)
+    """(truth, kind, seed, original, model): truth is gone, kept or open. At the defaults 24 + 9 + 11 x 3 = 66 models of known truth.
+
+    Beyond SABOTAGE there is `copied`: as masked, but taught the very answers of the retrained models that the audit compares with.
+    """
+    split, original = w.split(scenario), functools.cache(lambda k: w.original(k, cache))
     for k in range(gone):
-        yield "gone", "retrained", k, w.original(k % originals, cache), w.retrained(scenario, REFERENCES + k, cache)
+        yield "gone", "retrained", k, original(k % originals), w.retrained(scenario, REFERENCES + k, cache)
     for k in range(originals):
-        yield "kept", "untouched", k, w.original(k, cache), w.original(k, cache)
+        yield "kept", "untouched", k, original(k), original(k)
     for kind, make in SABOTAGE.items():
         for k in range(per_kind):
-            yield "kept", kind, k, w.original(k, cache), make(w.original(k, cache), w.task, split, k)
+            yield "kept", kind, k, original(k), make(original(k), w.task, split, 100 + k)
+    told = torch.stack([outputs(w.retrained(scenario, k, cache), w.task, split.forget) for k in range(REFERENCES)]).mean(0)
+    for k in range(per_kind):
+        yield "kept", "copied", k, original(k), masked(original(k), w.task, split, 100 + k, told)
     for name in METHODS:
-        model = w.original(0, cache)
-        attempt = unlearn(name, model, w.task, split, seed=0)
+        attempt = unlearn(name, original(0), w.task, split, seed=0)
         if attempt.patch is not None:
-            yield "open", name, 0, model, patched(model, attempt)
+            yield "open", name, 0, original(0), patched(original(0), attempt)
 
 
 def bench(name: str, scenarios: Sequence[str] = (), out: Path | str = "bench-out", *, progress=None, cache: Path | None = None) -> list[dict[str, Any]]:
@@ -177,19 +208,32 @@ def bench(name: str, scenarios: Sequence[str] = (), out: Path | str = "bench-out
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(c["scenario"], c["kind"], c["seed"]): c for c in lines if c["digest"] == w.digest}
     for scenario in scenarios or w.scenarios:
-        refs, store = tuple(w.retrained(scenario, k, cache) for k in range(REFERENCES)), {}
+        refs, store, trials = tuple(w.retrained(scenario, k, cache) for k in range(REFERENCES)), {}, {}
         for number, (truth, kind, seed, original, model) in enumerate(population(w, scenario, cache)):
             if progress:
-                progress(f"{name} {scenario} {kind} {seed}", number, 60 + len(METHODS))
+                progress(f"{name} {scenario} {kind} {seed}", number, 66 + len(METHODS))
             if (scenario, kind, seed) in done:
                 continue
-            probe = Probe(original, model, w.task, w.split(scenario), refs, seed, cache=store)
+            probe = Probe(original, model, w.task, w.split(scenario), refs, cache=store)
+            if id(original) not in trials:
+                trials[id(original)] = selftest(probe, default_rules(probe))
             rows, seconds = [], {}
             for check in CHECKS:
                 start = time.process_time()
                 rows += [{**asdict(r), "check": check} for r in audit(probe, [check])]
                 seconds[check] = time.process_time() - start
-            cell = {"world": name, "digest": w.digest, "scenario": scenario, "truth": truth, "kind": kind, "seed": seed, "seconds": seconds, "rows": rows}
+            usable = {t.name: t.rule for t in trials[id(original)] if t.usable}
+            cell = {
+                "world": name,
+                "digest": w.digest,
+                "scenario": scenario,
+                "truth": truth,
+                "kind": kind,
+                "seed": seed,
+                "seconds": seconds,
+                "rows": rows,
+                "rules": usable,
+            }
             done[scenario, kind, seed] = cell
             with path.open("a") as f:
                 f.write(json.dumps(cell) + "\n")
@@ -243,9 +287,45 @@ def powers(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's; 0 where one of them is constant."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+    return 0.0 if float(a.std()) == 0 or float(b.std()) == 0 else float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+ANSWERS = ("accuracy.", "drop.", "membership.")
+"""Rows that only look at what the model answers."""
+
+GATES: dict[str, Callable[[Mapping[str, str]], Mapping[str, str]]] = {
+    "default": lambda rules: rules,
+    "answers alone": lambda rules: {n: r for n, r in rules.items() if n.startswith(ANSWERS)},
+    "strict": lambda rules: {**rules, **STRICT},
+}
+"""Gate -> its rules, made of the default ones."""
+
+STRICT = {"gap_closed.relearning": ">= 0.8", "gap_closed.klom": ">= 0.8"}
+"""What a strict gate asks for beyond the default one."""
+
+
+def accepted(cell: Mapping[str, Any], rules: Mapping[str, str]) -> bool:
+    """Whether a gate of these rules takes the model: all hold, and one of them measures forgetting."""
+    known = {"value", "low", "high", "name", "n", "note", "indicative", "at"}
+    rows = [Row(**{k: v for k, v in r.items() if k in known}) for r in cell["rows"]]
+    return not gate(rows, rules) and any(not n.startswith(UTILITY) for n in rules)
+
+
+def gates(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per gate: shares of gone and of kept models it takes with one-sided 95 % bounds, the kinds it takes wrongly, CPU seconds of its checks."""
+    out = []
+    for name, of in GATES.items():
+        took = {t: [c for c in cells if c["truth"] == t and accepted(c, of(c["rules"]))] for t in ("gone", "kept", "open")}
+        count = {t: sum(c["truth"] == t for c in cells) for t in took}
+        used = {r["check"] for c in cells for r in c["rows"] if r["name"] in of(c["rules"])}
+        seconds = sum(c["seconds"].get(check, 0.0) for c in cells for check in used) / max(1, len(cells))
+        passed = Counter(c["kind"] for c in took["kept"])
+        out.append({"gate": name, "gone": wilson(len(took["gone"]), count["gone"]), "kept": wilson(len(took["kept"]), count["kept"]), "seconds": seconds,
+                    "passes": [f"{k} {n}" for k, n in passed.items()], "open": [c["kind"] for c in took["open"]]})  # fmt: skip
+    return out
 
 
 def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -255,6 +335,14 @@ def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
         mine = [c for c in cells if (c["world"], c["scenario"]) == key]
         count = {t: sum(c["truth"] == t for c in mine) for t in ("gone", "kept")}
         out.append(f"### {key[0]}, {key[1]}: {count['gone']} models that are gone, {count['kept']} that are not\n")
+        out.append("| gate | takes models that are gone | takes models that are not | wrongly taken | methods taken | CPU s |\n|---|---|---|---|---|---|")
+        for g in gates(mine):
+            shares = [f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in (g["gone"], g["kept"])]
+            out.append(
+                f"| {g['gate']} | {shares[0]} | {shares[1]} | {', '.join(g['passes']) or 'none'} | {', '.join(g['open']) or 'none'} | {g['seconds']:.2f} |"
+            )
+        rules = "; ".join(f"{n} {r}" for n, r in mine[0]["rules"].items())
+        out.append(f"\nUsable default rules on the first original: {rules}.\n")
         out.append("| row | power at 5 % false alarms | AUC | CPU s | misses | repeats |\n|---|---|---|---|---|---|")
         for r in powers(mine):
             missed = ", ".join(r["missed"]) or "none"

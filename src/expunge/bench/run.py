@@ -22,7 +22,7 @@ from expunge.audits.core import Probe, audit
 from expunge.bench.table import NOTHING, markdown
 from expunge.bench.worlds import World, cache_folder, world
 from expunge.errors import SettingError
-from expunge.plan import patched
+from expunge.outcome import patched
 from expunge.registry import METHODS
 from expunge.run import Attempt, unlearn
 

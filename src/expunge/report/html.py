@@ -42,6 +42,8 @@ WORDS = {
     "drop.retain": "what was lost on the records that were kept (above 0 is worse)",
     "gap_closed.klom": "how much of the way to a model trained without the records was gone (1 is all)",
     "gap_closed.kl": "how much of the way to a model trained without the records was gone (1 is all)",
+    "gap_closed.relearning": "how much slower it comes back than from the model before, when half of it is learnt again (1: as a model trained without)",
+    "klom_ratio.forget": "distance to models trained without the records, in units of what they differ by among themselves (1: no different)",
     "membership.loss_auc": "how well an attack tells forgotten records from unseen ones (0.5 is guessing)",
     "membership.excess": "how much better such an attack does than on a model trained without the records (0: no better)",
 }
@@ -123,6 +125,7 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "shown": [{**_try(t), "rows": [_row(r) for r in items(t.get("rows"))]} for t in shown],
         "plots": [(name, caption, svg) for key, name, caption, draw in _PLOTS if (svg := draw(pictures.get(key)))],
         "offenders": _offenders(items(pictures.get("offenders"))), "notes": texts(document.get("notes")),
+        "sections": table.sections(document),
         "gates": [_gate(name, mapping(g)) for name, g in mapping(document.get("gates")).items()],
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ LIMIT = 2000
 
 
 def pictures(p: Probe, tries: Sequence[Any]) -> dict[str, Any]:
-    """JSON-able data for the plots of the report's schema; `p.after` is the model shown, `tries` are `plan.Try`."""
+    """JSON-able data for the plots of the report's schema; `p.after` is the model shown, `tries` are `outcome.Try`."""
     which = {"before": "before", "after": "after", **({"retrained": "reference0"} if p.references else {})}
     have = p.split.parts()
     parts = [n for n in ("forget", "retain", "test") if n in have]

@@ -1,6 +1,6 @@
 """The same cells for terminal, Markdown and HTML; strict JSON for files.
 
-A document is the JSON-able dict of `plan.Verdict.document`; every key but its title may be missing or empty.
+A document is the JSON-able dict of `outcome.Verdict.document`; every key but its title may be missing or empty.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ KEY = {
 }
 """Row name and heading of the key figures, in the order of columns. Rows that a rule reads come first, whatever they are."""
 
-BASELINES = {"original": "original, untouched", "retrained": "retrained, held out"}
+BASELINES = {
+    "original": "original, untouched",
+    "retrained": "retrained, held out",
+    "fine_tune": "fine-tuned on retain",
+    "reset_last": "last layer drawn anew",
+}
 
 
 @dataclass(frozen=True)
@@ -236,15 +241,34 @@ def _broken(cell: str) -> str:
     return f"{value}\n" + rest.removesuffix(")").replace(", ", "\n") if bracket and rest.endswith(")") else cell
 
 
+def sections(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(verdict, text, row) lines of the named checks, weakest section and weakest check first; `row` is "" on the line of a section."""
+    out = []
+    for section in items(document.get("sections")):
+        checks = items(section.get("checks"))
+        count = ", ".join(f"{n} {plain(v)}" for v, n in mapping(section.get("count")).items() if n)
+        out.append((plain(section.get("verdict")), f"{plain(section.get('id'))} {plain(section.get('title'))}: {count}", ""))
+        out += [(plain(c.get("verdict")), f"{plain(c.get('id'))} {plain(c.get('statement'))}: {plain(c.get('why'))}", plain(c.get("id"))) for c in checks]
+    return out
+
+
+COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow"}
+
+
 def show(document: Mapping[str, Any], width: int = 200) -> Any:
-    """For a terminal of that width: a `rich` group of table, verdict, reasons and notes."""
+    """For a terminal of that width: a `rich` group of table, verdict, reasons, notes and named checks (what passed only as a count)."""
     from rich.console import Group
     from rich.text import Text
 
     good = passed(document)
     head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
     said = [*texts(mapping(document.get("verdict")).get("reasons")), *texts(document.get("notes"))]
-    return Group(terminal(document, width), head, *[Text(f"  {reason}") for reason in said])
+    lines = [Text(f"  {reason}") for reason in said]
+    for verdict, text, row in sections(document):
+        if not row or verdict != "PASS":
+            mark = Text(f"{'    ' if row else '  '}{verdict:8}", style=COLOURS.get(verdict, ""))
+            lines.append(mark.append(text, style="default" if row else "bold default"))
+    return Group(terminal(document, width), head, *lines)
 
 
 def strict(value: Any) -> Any:
