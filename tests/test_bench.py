@@ -40,15 +40,17 @@ def test_bench_runs_and_goes_on(tmp_path, trained):
     """Cells are written as they are done; a second call runs nothing new; the table ranks."""
     kwargs = {"methods": ["gradient_ascent"], "seeds": 1, "scenarios": ("class",), "out": tmp_path, "cache": trained}
     cells = run.bench("digits", **kwargs)
-    assert [c["method"] for c in cells] == ["nothing", "gradient_ascent"]
+    every = ["nothing", "fine_tune", "reset_last", "retrain", "gradient_ascent"]  # the baselines stand in every table
+    assert [c["method"] for c in cells] == every
     lines = (tmp_path / "digits.jsonl").read_text().splitlines()
-    assert [json.loads(line)["method"] for line in lines] == ["nothing", "gradient_ascent"]
+    assert [json.loads(line)["method"] for line in lines] == every
     run.bench("digits", **kwargs)
     assert (tmp_path / "digits.jsonl").read_text().splitlines() == lines
-    cells = run.bench("digits", **{**kwargs, "methods": ["retrain"]})
     rows = table.by_name(next(c for c in cells if c["method"] == "retrain"))
     assert 0.9 < rows["gap_closed.klom"]["value"] < 1.1  # one more retrained model, read against three others
-    assert (tmp_path / "digits.jsonl").read_text().splitlines()[:2] == lines
+    last = next(c for c in cells if c["method"] == "reset_last")
+    assert last["settings"]["k"] == 1 and last["settings"]["reset"]
+    assert table.by_name(last)["gap_closed.klom"]["value"] < 0.9
     text = (tmp_path / "digits.md").read_text()
     assert "| gradient_ascent |" in text
     assert "floor" in text
@@ -60,7 +62,7 @@ def test_changed_settings_run_again(tmp_path, trained, monkeypatch):
     monkeypatch.setitem(run.PRESETS, "digits", {"gradient_ascent": {"epochs": 1.0}})
     cell = next(c for c in run.bench("digits", **kwargs) if c["method"] == "gradient_ascent")
     assert cell["settings"]["epochs"] == 1.0
-    assert len((tmp_path / "digits.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "digits.jsonl").read_text().splitlines()) == 6
 
 
 def _cell(method: str, gap: float | None, far: float = 2.0, seed: int = 0) -> dict:

@@ -216,6 +216,16 @@ def test_calibrated_attack_sees_what_a_population_attack_does_not():
     assert found[1]["lira.auc"].low < 0.6 and found[1]["lira.epsilon"].value < 0.5
     assert found[0]["rmia.auc"].value > found[1]["rmia.auc"].value + 0.2
     assert "needs at least 1,000 non-members" in found[0]["lira.tpr.001"].note
+    assert "ulira.auc" not in {r.name for r in audit(Probe(*models, task, split, pool=shadow), ["ulira"])}  # no shadow has forgotten yet
+    records, read = pool.universe(Split(split.forget, None, unseen)), {}
+    for after, name, settings in ((models[0], "fine_tune", {"epochs": 0.2, "lr": 1e-6}), (models[1], "retrain", {**recipe, "epochs": 40.0})):
+        forgot = pool.forgotten(shadow, name, universe, records, settings, k=8)
+        assert torch.equal(forgot.inside, shadow.inside[:8])
+        read[name] = audit(Probe(models[0], after, task, split, pool=shadow, forgotten=forgot), ["ulira"])[0]
+    assert read["fine_tune"].low > 0.8  # forgetting by a step that moves nothing is seen
+    assert read["retrain"].low < 0.6
+    with pytest.raises(SettingError, match="not the universe"):
+        pool.forgotten(shadow, "fine_tune", data, records)
 
 
 def test_named_checks_on_known_truth():
@@ -262,3 +272,33 @@ def test_worst_case_sets_are_what_the_rest_explains():
     assert abs(float(w.sum()) - 10) < 1e-5 and float(w.min()) >= 0 and float(w.max()) <= 1
     with pytest.raises(SettingError, match="m must be 1 to"):
         worst.select(model, task, train, 0)
+
+
+def test_attacks_agree_with_an_independent_library():
+    """TensorFlow Privacy 0.9.0 (advanced_mia.compute_score_lira by means, epsilon_lower_bound) on the same inputs; it has the opposite sign.
+
+    It divides variances by the number of shadows, here it is one less: deviations are shrunk by sqrt(7 / 8) to meet it.
+    """
+    i, j = np.meshgrid(np.arange(6), np.arange(16))
+    inside = torch.as_tensor((i + j) % 2 == 0)
+    shadows = torch.as_tensor(np.sin(1.7 * i + 0.9 * j) + 0.5 * np.cos(2.3 * i * j)) + 2.0 * inside
+    for side in (inside, ~inside):
+        centre = (shadows * side).sum(0) / 8
+        shadows = torch.where(side, centre + (shadows - centre) * (7 / 8) ** 0.5, shadows)
+    phi = torch.linspace(-1, 3, 6, dtype=torch.double)
+    seen = {
+        (False, True): [11.395861, 11.682053, 1.193934, -1.206146, -3.113359, -3.761068],
+        (True, True): [8.523048, 3.97364, 1.215037, -1.297217, -2.748973, -4.621837],
+    }
+    for (pooled, online), theirs in seen.items():
+        assert (-attacks.lira(phi, shadows, inside, online=online, pooled=pooled)).tolist() == pytest.approx(theirs, abs=1e-5)
+    ratios = {(60, 5, 100): 4.4065187409738025, (30, 1, 200): 3.7597090005526326, (500, 20, 1000): 15.252235497686884}
+    for (tp, fp, n), ratio in ratios.items():
+        assert epsilon.lower_bound(n - tp, n, fp, n, form="clopper_pearson", delta=0.0) == pytest.approx(math.log(ratio), abs=1e-9)
+
+
+def test_recipes_for_shadows_are_read_with_care():
+    assert pool.recipe("epochs=3,batch_size=8 lr=0.1 optimizer=adam")["optimizer"] == "adam"
+    for text, message in (("epochs=3", "lacks batch_size, lr"), ("epoch=3", "cannot read 'epoch=3'"), ("epochs=many", "epochs must be of type float")):
+        with pytest.raises(SettingError, match=message):
+            pool.recipe(text)

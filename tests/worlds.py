@@ -13,11 +13,18 @@ from expunge.bench.worlds import world
 from expunge.types import Examples, Split, Task
 
 
+def noise(n: int, scale: float = 1.0) -> Examples:
+    """n smooth noise images (1, 8, 8), anchors out of distribution; labels say nothing. An untrained network tells apart none but large ones."""
+    g = torch.Generator().manual_seed(3)
+    x = nn.functional.interpolate(torch.randn(n, 1, 4, 4, generator=g), size=8, mode="bilinear")
+    return Examples(scale * x, torch.zeros(n, dtype=torch.long), 10_000 + torch.arange(n))
+
+
 @functools.lru_cache
 def digits(scenario: str = "class") -> tuple[nn.Module, Task, Split]:
     """A small CNN that memorised 1,000 digits; tests copy or leave it unchanged."""
     w = world("digits")
-    return original(w.name), w.task, w.split(scenario)
+    return original(w.name), w.task, replace(w.split(scenario), anchor=noise(400))
 
 
 @functools.lru_cache
@@ -57,6 +64,8 @@ def small(task_name: str) -> tuple[nn.Module, Task, Split]:
     torch.set_rng_state(torch_rng)
     parts = {"forget": 16, "retain": 64, "test": 32, "validation": 32}
     cut = {name: getattr(split, name).take(range(n)) for name, n in parts.items()}
+    if task_name == "classification":
+        cut["anchor"] = noise(64, 30.0)
     return model.eval(), task, replace(split, **cut)
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,24 +171,62 @@ def audit(
     train: Annotated[str, typer.Option()], forget: Annotated[str, typer.Option()],
     patch: Annotated[str, typer.Option(help="Patch to audit.")] = "", after: Annotated[str, typer.Option(help="Or: weights after.")] = "", test: str = "",
     validation: str = "", task: str = "classification", reference: Annotated[list[str] | None, typer.Option()] = None, out: str = "", key_file: Key = "",
-    seed: int = 0, as_json: Json = False,
+    shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
+    training: Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')] = "",
+    unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
+    pools: Annotated[str, typer.Option(help="Folder that keeps shadow models.")] = ".cache/expunge", seed: int = 0, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Audit a patch, or weights from any other tool, against the model before and retrained references."""
+    """Audit a patch, or weights from any other tool, against the model before and retrained references.
+
+    Prints the verdict, then the sections of named checks, weakest first.
+    """
     from expunge import models, outcome
     from expunge.errors import SettingError
     from expunge.patch import Patch
     from expunge.recipe import prepare
+    from expunge.run import Attempt
 
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
     before, now = models.load(model, Path(weights)), models.load(model, Path(after or weights))
-    if patch:
-        Patch.load(patch, _key(key_file)).apply(now)
+    found = Patch.load(patch, _key(key_file)) if patch else None
+    if found is not None:
+        found.apply(now)
     chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
-    verdict = outcome.audited(before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed)
+    with bar(as_json) as progress:
+        pool, forgotten = _pools(before, chosen, split, shadows, unlearn_shadows, training, pools, found, progress)
+    verdict = outcome.audited(
+        before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed, pool=pool, forgotten=forgotten,
+        attempt=None if found is None else Attempt(str(found.meta.get("method", "given")), found.meta.get("settings", {}), found.meta.get("seed", 0), "ok", "", found),
+    )  # fmt: skip
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str, folder: str, patch, progress) -> tuple[Any, Any]:
+    """The pool of shadow models, and the same after the patch's method; None for what was not asked for."""
+    from expunge.audits import pool
+    from expunge.audits.stats import matched
+    from expunge.errors import SettingError
+
+    if not shadows:
+        if unlearn_shadows or training:
+            raise SettingError("--training and --unlearn-shadows need --shadows")
+        return None, None
+    split.require("retain", "test")
+    recipe = pool.recipe(training)
+    data = pool.universe(split)
+    found = pool.shadows(model, task, data, recipe, k=shadows, folder=Path(folder), progress=progress)
+    if not unlearn_shadows:
+        return found, None
+    if patch is None or not patch.meta.get("method"):
+        raise SettingError("--unlearn-shadows needs a patch that names its method")
+    drawn, _ = matched(split.forget.y, split.test.y, 0)
+    unseen = split.test.take(drawn)
+    records = pool.universe(replace(split, retain=None, test=unseen))
+    settings = patch.meta.get("settings", {})
+    return found, pool.forgotten(found, patch.meta["method"], data, records, settings, k=unlearn_shadows, progress=progress)
 
 
 @app.command()

@@ -146,16 +146,17 @@ def reversible(model: nn.Module, attempt: Attempt) -> bool:
 
 def audited(
     before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), rules: Mapping[str, str] | None = None,
-    seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None,
+    seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
 ) -> Verdict:  # fmt: skip
     """Audit one candidate: self-test of the rules, all rows, verdict, named checks.
 
     attempt    how it came about, if it was a run of `unlearn` or a loaded patch
     pool       shadow models (`audits.pool.shadows`), without which per-example attacks are left out
+    forgotten  the same after the method made them forget (`audits.pool.forgotten`), for U-LiRA
     slow       False leaves out checks and baselines that train, but for those the gate reads
     """
     preflight(before, task, split)
-    p = Probe(before, after, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
+    p = Probe(before, after, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
     one = examined(p, attempt or Attempt("given", {}, seed, "ok", "", None), after, trials, slow)

@@ -82,6 +82,7 @@ class Probe:
     """All that a check may see. `references` are models retrained without the forget set; by convention none is `after`.
 
     pool   shadow models (`audits.pool.Pool`) that calibrate per-example attacks, or None
+    forgotten    the same shadows after the audited method made them forget (`audits.pool.forgotten`), or None
     cost   the attempt's meter and seconds, and `retrain` passes to compare with: keys forward, backward, seconds, retrain_passes
     """
 
@@ -94,6 +95,7 @@ class Probe:
     cost: Mapping[str, float] = field(default_factory=dict)
     cache: dict = field(default_factory=dict)
     pool: Any = None
+    forgotten: Any = None
 
     def model(self, which: str) -> nn.Module:
         """`before`, `after` or `reference0`, `reference1`, ..."""

@@ -46,6 +46,26 @@ def lira(p: Probe) -> list[Row]:
 
 
 @check(tasks=("classification",), needs=("forget", "test"), pool=True)
+def ulira(p: Probe) -> list[Row]:
+    """ulira.auc: records that were trained on and then forgotten against records never seen, by the likelihood ratio of shadow models that saw and
+    forgot the record, and that never saw it; 0.5 when forgetting leaves nothing. Left out without such shadows (`Probe.forgotten`).
+
+    Source: Hayes et al., "Inexact Unlearning Needs More Careful Evaluations", arXiv:2403.01218.
+    """
+    if p.forgotten is None:
+        return []
+    p.forgotten.fits(p.after)
+    members, others, drawn, _ = _parts(p)
+    if not len(drawn):
+        return []
+    shadows, inside = (torch.cat([f(members), f(others)], 1) for f in (p.forgotten.margins, p.forgotten.sides))
+    phi = torch.cat([p.scores("after", "forget").margin, p.scores("after", "test").margin[drawn]])
+    s = attacks.lira(phi, shadows, inside)
+    note = f"{len(members)} forgotten, {len(drawn)} unseen; {len(p.forgotten.models)} shadow models that forgot"
+    return [Row("ulira.auc", *auc(s[: len(members)], s[len(members) :]), len(s), note)]
+
+
+@check(tasks=("classification",), needs=("forget", "test"), pool=True)
 def rmia(p: Probe) -> list[Row]:
     """rmia.auc: the robust attack, each record's ratio against those of unseen records; works with few shadow models."""
     members, others, drawn, note = _parts(p)

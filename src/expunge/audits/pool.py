@@ -7,6 +7,7 @@ over part of it, trains nothing.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from expunge import guard, patch, stacked, training
 from expunge.audits.core import margin
 from expunge.errors import ModelError, SettingError
-from expunge.types import Examples, Task
+from expunge.types import Examples, Split, Task
+
+OPTIONS = {"epochs": float, "batch_size": int, "lr": float, "optimizer": str, "momentum": float, "weight_decay": float, "schedule": str}
+"""What a training recipe may say."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,6 +111,69 @@ def shadows(
         if path is not None:
             _write(path, models)
     return Pool(tuple(models), inside, tuple(universe.keys), task)
+
+
+def recipe(text: str) -> dict[str, Any]:
+    """`epochs=30 batch_size=50 lr=0.05 optimizer=nesterov` as options of `training.train`. Raises SettingError for what cannot be read.
+
+    >>> recipe("epochs=30, batch_size=50 lr=0.05")
+    {'epochs': 30.0, 'batch_size': 50, 'lr': 0.05}
+    """
+    found: dict[str, Any] = {}
+    for word in text.replace(",", " ").split():
+        name, equals, value = word.partition("=")
+        if not equals or name not in OPTIONS:
+            raise SettingError(f"cannot read '{word}' in the training recipe; write name=value with {', '.join(OPTIONS)}")
+        try:
+            found[name] = OPTIONS[name](value)
+        except ValueError:
+            raise SettingError(f"{name} must be of type {OPTIONS[name].__name__}, not '{value}'") from None
+    if missing := [n for n in ("epochs", "batch_size", "lr") if n not in found]:
+        raise SettingError(f"the training recipe lacks {', '.join(missing)}: shadow models must be trained as the model was")
+    return found
+
+
+def universe(split: Split) -> Examples:
+    """Every record of forget, retain and test once, in that order: what a pool for this split is trained on halves of."""
+    parts = [part for part in (split.forget, split.retain, split.test) if part is not None]
+    whole = Examples(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), torch.arange(sum(map(len, parts))))
+    first: dict[bytes, int] = {}
+    for k, key in enumerate(whole.keys):
+        first.setdefault(key, k)
+    return whole.take(sorted(first.values()))
+
+
+def forgotten(
+    pool: Pool, method: str, data: Examples, records: Examples, settings: Mapping[str, Any] | None = None, *, k: int | None = None, seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Pool:  # fmt: skip
+    """The first k shadows after `method` made each forget those of `records` that it saw: the calibration of U-LiRA.
+
+    `inside` still says who saw what, so that for each of `records` there are models that saw and forgot it, and models that never saw it.
+    data       the pool's universe
+    records    forgotten records and unseen ones like them
+    Raises SettingError when a shadow saw none or nothing but these records, or a run did not end well.
+    """
+    from expunge.run import unlearn
+
+    if tuple(data.keys) != pool.keys:
+        raise SettingError("these records are not the universe that the pool was trained on")
+    target = torch.zeros(len(data), dtype=torch.bool)
+    target[pool.rows(records)] = True
+    models = []
+    for j, (model, saw) in enumerate(zip(pool.models[:k], pool.inside[:k], strict=True)):
+        if progress:
+            progress(f"unlearning on shadow models: {method}", j, k or len(pool.models))
+        forget, retain = (data.take((saw & side).nonzero().squeeze(1)) for side in (target, ~target))
+        if not (len(forget) and len(retain)):
+            raise SettingError("a shadow model saw none of the records, or nothing else; use a larger universe")
+        attempt = unlearn(method, model, pool.task, Split(forget, retain), seed=seed + j, **dict(settings or {}))
+        if attempt.patch is None:
+            raise SettingError(f"{method} did not end well on a shadow model: {attempt.outcome}, {attempt.reason}")
+        twin = copy.deepcopy(model)
+        attempt.patch.apply(twin)
+        models.append(twin)
+    return Pool(tuple(models), pool.inside[:k], pool.keys, pool.task)
 
 
 def _write(path: Path, models: list[nn.Module]) -> None:

@@ -22,7 +22,7 @@ from expunge.audits.core import Probe, audit
 from expunge.bench.table import NOTHING, markdown
 from expunge.bench.worlds import World, cache_folder, world
 from expunge.errors import SettingError
-from expunge.outcome import patched
+from expunge.outcome import TRIVIAL, patched
 from expunge.registry import METHODS
 from expunge.run import Attempt, unlearn
 
@@ -52,7 +52,7 @@ def cells(w: World, methods: Sequence[str], scenarios: Sequence[str], seeds: Ite
     for seed in seeds:
         for scenario in scenarios:
             for name in methods:
-                if name == NOTHING or w.task.name in METHODS[name].tasks:
+                if name == NOTHING or feasible(w, scenario, resolve(name)[0]):
                     yield scenario, name, seed
 
 
@@ -76,11 +76,13 @@ def bench(
 
     scenarios   those of the world when none is named
     seeds    how many, from 0 on, or which; the seed decides the original that is unlearned, too
-    Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed.
+    Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed. The baselines (doing
+    nothing, fine-tuning on retain, a last layer drawn anew, retraining) stand in every table, whatever was asked for.
     """
     w, cache = world(name), cache or cache_folder()
     scenarios = scenarios or w.scenarios
-    chosen = [NOTHING, *METHODS] if methods == "all" else [NOTHING, *(METHODS[m].name for m in methods)]
+    asked = list(METHODS) if methods == "all" else [METHODS[m].name for m in methods]
+    chosen = list(dict.fromkeys([NOTHING, "fine_tune", "reset_last", "retrain", *asked]))
     path = Path(out) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     key = f"{w.digest}/{references}/{slow}"
@@ -108,7 +110,19 @@ def settings(w: World, method: str) -> dict[str, Any]:
     """What a method runs with in this world: its defaults, overlaid by PRESETS. Cells that were run with other settings are run again."""
     if method == NOTHING:
         return {}
-    return dict(w.recipe) if method == "retrain" else {**METHODS[method].defaults, **PRESETS.get(w.name, {}).get(method, {})}
+    name, changes = resolve(method)
+    return dict(w.recipe) if method == "retrain" else {**METHODS[name].defaults, **changes, **PRESETS.get(w.name, {}).get(method, {})}
+
+
+def resolve(label: str) -> tuple[str, dict[str, Any]]:
+    """Method and settings behind a label of the table: a baseline of `outcome.TRIVIAL`, or a method at its defaults."""
+    return (TRIVIAL[label][0], TRIVIAL[label][1]) if label == "reset_last" else (label, {})
+
+
+def feasible(w: World, scenario: str, name: str) -> bool:
+    """Whether the method works on the world's task and has the parts it needs."""
+    record, have = METHODS[name], set(w.split(scenario).parts())
+    return w.task.name in record.tasks and set(record.needs) <= have
 
 
 def run_cell(
@@ -129,7 +143,7 @@ def run_cell(
         attempt = Attempt("retrain", settings(w, method), seed, "ok", "", None)
         attempt.meter.forward = attempt.meter.backward = int(n)
     else:
-        attempt = unlearn(method, original, w.task, split, seed=seed, **settings(w, method))
+        attempt = unlearn(resolve(method)[0], original, w.task, split, seed=seed, **settings(w, method))
         after = patched(original, attempt)
     ran = time.perf_counter() - start
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
