@@ -30,15 +30,19 @@ class Trial:
 
 
 def default_rules(p: Probe) -> dict[str, str]:
-    """Rules for this task, request and references; absolute ones where there is no reference."""
+    """Rules for this task, request and references; absolute ones where there is no reference.
+
+    Chosen from the power tables (docs/how-to-read-the-evidence.md). KLOM refuses answers that are unlike a retrained model's, in either
+    direction; relearning refuses a suppression whose answers look right: both are needed for a class, KLOM alone for records.
+    """
     if p.task.name == "regression":
         goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
         return {**goes, "drop.test": "<= 0.15"}
     if p.removed():
         limit = _limit(p)
-        back = {"gap_closed.relearning": ">= 0.5"} if len(p.references) >= 2 else {}
+        inside = {"gap_closed.klom": ">= 0.5", "gap_closed.relearning": ">= 0.55"} if len(p.references) >= 2 else {}
         answers = {"accuracy.forget": f"<= {limit:.6f}", "accuracy.forget_test": f"<= {max(limit, 0.1):.6f}"}
-        return {**answers, **back, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+        return {**answers, **inside, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
     goes = {"klom_ratio.forget": "<= 4"} if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
     return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
 

@@ -299,12 +299,14 @@ ANSWERS = ("accuracy.", "drop.", "membership.")
 GATES: dict[str, Callable[[Mapping[str, str]], Mapping[str, str]]] = {
     "default": lambda rules: rules,
     "answers alone": lambda rules: {n: r for n, r in rules.items() if n.startswith(ANSWERS)},
-    "strict": lambda rules: {**rules, **STRICT},
+    "without relearning": lambda rules: {n: r for n, r in rules.items() if n != "gap_closed.relearning"},
+    "without KLOM": lambda rules: {n: r for n, r in rules.items() if "klom" not in n},
+    "strict": lambda rules: {n: STRICT.get(n, r) for n, r in rules.items()},
 }
 """Gate -> its rules, made of the default ones."""
 
-STRICT = {"gap_closed.relearning": ">= 0.8", "gap_closed.klom": ">= 0.8"}
-"""What a strict gate asks for beyond the default one."""
+STRICT = {"gap_closed.relearning": ">= 0.8", "gap_closed.klom": ">= 0.8", "klom_ratio.forget": "<= 2"}
+"""What a strict gate asks for in place of the default rules."""
 
 
 def accepted(cell: Mapping[str, Any], rules: Mapping[str, str]) -> bool:
