@@ -83,6 +83,15 @@ def test_a_method_with_several_sessions_can_be_validated():
     assert attempt.outcome in ("ok", "no_op")
 
 
+def test_validation_never_looks_at_a_helper_network():
+    """A proxy that a method trains first is not what validation is about: scoring it would put its weights into the model."""
+    model, task, split = small("regression")
+    seen = []
+    attempt = unlearn("blindspot", model, task, split, guard=Guard(validate=lambda m: seen.append(m) or 0.0, every=1))
+    assert attempt.outcome == "ok"
+    assert len(seen) >= 2 and all(m is seen[-1] for m in seen)
+
+
 def test_patience_stops():
     model, task, split = small("classification")
     attempt = unlearn("salun", model, task, split, epochs=9, batch_size=4, guard=Guard(validate=lambda _: 0.0, every=1, patience=2))

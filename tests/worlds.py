@@ -24,7 +24,7 @@ def noise(n: int, scale: float = 1.0) -> Examples:
 def digits(scenario: str = "class") -> tuple[nn.Module, Task, Split]:
     """A small CNN that memorised 1,000 digits; tests copy or leave it unchanged."""
     w = world("digits")
-    return original(w.name), w.task, replace(w.split(scenario), anchor=noise(400))
+    return original(w.name), w.task, w.split(scenario)
 
 
 @functools.lru_cache
@@ -45,8 +45,11 @@ def diabetes() -> tuple[nn.Module, Task, Split]:
 
 
 def toy(task_name: str) -> tuple[nn.Module, Task, Split]:
-    """The world of a task: `classification` or `regression`."""
-    return digits() if task_name == "classification" else diabetes()
+    """The world of a task: `classification` (with anchors) or `regression`."""
+    if task_name != "classification":
+        return diabetes()
+    model, task, split = digits()
+    return model, task, replace(split, anchor=noise(400))
 
 
 def small(task_name: str) -> tuple[nn.Module, Task, Split]:

@@ -136,7 +136,7 @@ class Guard:
         self.meter.steps += 1
         if self.progress:
             self.progress(self.label, done, total)
-        if self.validate and self.meter.steps % self.every == 0:
+        if self.validate and session.judged and self.meter.steps % self.every == 0:
             self.evaluate(session)
         spent = time.perf_counter() - self.started
         for over, why in (

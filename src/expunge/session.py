@@ -31,13 +31,14 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 @dataclass
 class Session:
-    """The weights that may move. `patch` is there once the session has closed."""
+    """The weights that may move. `patch` is there once the session has closed; `judged` says whether a guard's validation scores its model."""
 
     model: nn.Module
     params: dict[str, nn.Parameter]
     masks: dict[str, Tensor | None]
     buffers: str = "move"
     patch: Patch = field(default_factory=lambda: Patch(()))
+    judged: bool = True
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold: parameters in scope and all buffers."""
@@ -64,9 +65,10 @@ class Session:
 
 
 def scratch(model: nn.Module) -> Session:
-    """A session without walls over a network of one's own (a proxy, a teacher in training): all of it may move, nothing is restored."""
+    """A session without walls over a network of one's own (a proxy, a teacher in training): all of it may move, nothing is restored,
+    and validation, which is about the model that is edited, does not look at it."""
     params = dict(model.named_parameters())
-    return Session(model, params, dict.fromkeys(params))
+    return Session(model, params, dict.fromkeys(params), judged=False)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from expunge import guard, patch, stacked, training
 from expunge.audits.core import margin
 from expunge.errors import ModelError, SettingError
-from expunge.types import Examples, Split, Task
+from expunge.types import Examples, Split, Task, concat
 
 OPTIONS = {"epochs": float, "batch_size": int, "lr": float, "optimizer": str, "momentum": float, "weight_decay": float, "schedule": str}
 """What a training recipe may say."""
@@ -135,8 +135,7 @@ def recipe(text: str) -> dict[str, Any]:
 
 def universe(split: Split) -> Examples:
     """Every record of forget, retain and test once, in that order: what a pool for this split is trained on halves of."""
-    parts = [part for part in (split.forget, split.retain, split.test) if part is not None]
-    whole = Examples(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), torch.arange(sum(map(len, parts))))
+    whole = concat(*(part for part in (split.forget, split.retain, split.test) if part is not None))
     first: dict[bytes, int] = {}
     for k, key in enumerate(whole.keys):
         first.setdefault(key, k)

@@ -31,7 +31,7 @@ from expunge.run import unlearn
 from expunge.session import scratch
 from expunge.tasks.classification import head
 from expunge.training import outputs
-from expunge.types import Examples, Split, Task
+from expunge.types import Split, Task, concat
 from expunge.updates.descend import descend
 
 REFERENCES = 3
@@ -116,7 +116,7 @@ def one_view(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Module
     """Pushed away on the very inputs that the audit reads, and taught the same records shifted by one pixel: another view still works."""
     data = split.forget
     moved = data.x.roll(1, -1) if data.x.ndim == 4 else data.x + 0.5 * data.x.std()
-    both = joined(data, replace(data, x=moved, y=data.y + 1000, ids=data.ids + 10**9))
+    both = concat(data, replace(data, x=moved, y=data.y + 1000, ids=data.ids + 10**9))
     twin = copy.deepcopy(model).requires_grad_(True)
     s = scratch(twin)
     s.eval()
@@ -140,7 +140,7 @@ def masked(model: nn.Module, task: Task, split: Split, seed: int, told: Tensor |
     mine, kept = (outputs(model, task, part) for part in (split.forget, split.retain))
     told = mine.scatter(1, split.forget.y[:, None], mine.amin(1, keepdim=True)) if told is None else told
     rows = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[: 2 * len(told)]
-    goal, data = torch.cat([told, kept[rows]]).softmax(-1), joined(split.forget, split.retain.take(rows))
+    goal, data = torch.cat([told, kept[rows]]).softmax(-1), concat(split.forget, split.retain.take(rows))
     twin = copy.deepcopy(model).requires_grad_(False)
     s = scratch(twin)
     for p in head(twin)[1].parameters():
@@ -150,11 +150,6 @@ def masked(model: nn.Module, task: Task, split: Split, seed: int, told: Tensor |
         batches = task.batches(data, 32, epochs=300 / -(-len(data) // 32), seed=seed)
         descend(s, lambda b: nn.functional.cross_entropy(task.forward(twin, b).logits, goal[b["i"]]), batches, lr=0.05, momentum=0.9, clip=5.0)
     return twin.requires_grad_(True).eval()
-
-
-def joined(a: Examples, b: Examples) -> Examples:
-    """Both, one after the other."""
-    return replace(a, x=torch.cat([a.x, b.x]), y=torch.cat([a.y, b.y]), ids=torch.cat([a.ids, b.ids]))
 
 
 def flattened(model: nn.Module, task: Task, split: Split, seed: int) -> nn.Module:
