@@ -11,6 +11,7 @@ Settings
     noise         factor on freshly initialised weights that are added
     k             how many of the last linear or convolution layers start afresh; 0 for none
     distil        weight of the relative squared distance of logits to the original's on retain: keeps their scale, which short training does not reach
+    sharpen       logits are divided by this inside the loss (classification): above 1, margins grow to what a longer training would reach
     epochs        passes over the retain set
     lr            largest step size of the one-cycle schedule
     momentum      of SGD (Nesterov)
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from expunge.patch import Patch
 from expunge.registry import method
@@ -54,6 +56,7 @@ def reset_fine_tune(
     noise: float = 0.0,
     k: int = 0,
     distil: float = 5.0,
+    sharpen: float = 1.0,
     epochs: float = 2.4,
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -80,7 +83,7 @@ def reset_fine_tune(
 
         def loss(batch) -> Tensor:
             out = task.forward(model, batch)
-            value = out.mean.mean()
+            value = out.mean.mean() if out.logits is None or sharpen == 1 else F.cross_entropy(out.logits / sharpen, out.labels)
             if distil:
                 now = out.pred if out.logits is None else out.logits
                 value = value + distil * (now - teacher[batch["i"]].to(now)).square().mean() / unit.to(now)
