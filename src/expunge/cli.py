@@ -195,10 +195,10 @@ def audit(
     chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
     with bar(as_json) as progress:
         pool, forgotten = _pools(before, chosen, split, shadows, unlearn_shadows, training, pools, found, progress)
-    verdict = outcome.audited(
-        before, now, chosen, split, references=[models.load(model, Path(r)) for r in reference or []], seed=seed, pool=pool, forgotten=forgotten,
-        attempt=None if found is None else Attempt(str(found.meta.get("method", "given")), found.meta.get("settings", {}), found.meta.get("seed", 0), "ok", "", found),
-    )  # fmt: skip
+    meta = {} if found is None else found.meta
+    attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
+    references = [models.load(model, Path(r)) for r in reference or []]
+    verdict = outcome.audited(before, now, chosen, split, references=references, seed=seed, attempt=attempt, pool=pool, forgotten=forgotten)
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)

@@ -16,6 +16,10 @@ MOST_LAYERS = 6
 """Layers that are probed, evenly spaced from first to last."""
 
 
+MOST_FEATURES = 256
+"""Wider features are projected to this many by a random matrix, the same for every model: what is linearly there stays there, at a cost that is bounded."""
+
+
 def layers(model: nn.Module) -> list[str]:
     """Names of at most MOST_LAYERS convolutions and linear layers, in order."""
     names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
@@ -37,6 +41,14 @@ def probed(features: tuple[Tensor, Tensor], seed: int) -> tuple[float, float, in
     high, low = (torch.as_tensor(model.decision_function(r.double().numpy())) for r in read)
     value, a, b = auc(high, low)
     return value, (b - a) / 2, len(high) + len(low)
+
+
+def narrow(features: Tensor, seed: int) -> Tensor:
+    """(N, D) as it is up to MOST_FEATURES, else (N, MOST_FEATURES) random projections, drawn from seed alone."""
+    d = features.shape[1]
+    if d <= MOST_FEATURES:
+        return features
+    return features @ (torch.randn(d, MOST_FEATURES, generator=torch.Generator().manual_seed(seed)) / d**0.5)
 
 
 @check(tasks=("classification",), needs=("forget", "test"), reference=True, slow=True)
@@ -62,7 +74,7 @@ def probe(p: Probe) -> list[Row]:
         with quiet(model):
             for part in sets:
                 batches = p.task.batches(part, 500)
-                out.append(torch.cat([p.task.features(model, batches[k], layer).cpu() for k in range(len(batches))]))
+                out.append(narrow(torch.cat([p.task.features(model, batches[k], layer).cpu().float() for k in range(len(batches))]), p.seed))
         return out[0], out[1]
 
     rows = []
