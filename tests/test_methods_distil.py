@@ -375,3 +375,19 @@ def test_random_teacher_has_calibrated_statistics(monkeypatch):
     random = seen[0]
     activations = random[0](batch_of(split.forget)["x"])
     torch.testing.assert_close(random[1].running_mean, activations.mean((0, 2, 3)).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_taught_wrong_labels_is_doubted():
+    """reset_fine_tune copies the original's logits only where the original knows the forgotten records as well as the kept ones."""
+    from expunge.methods.reset_fine_tune import DOUBTED, doubted
+    from expunge.training import outputs
+
+    model, task, split = digits("random")
+    wrong = replace(split, forget=replace(split.forget, y=(split.forget.y + 1) % 10))
+    teacher = outputs(model, task, split.retain)
+    assert not doubted(model, task, split, teacher, 0.5)
+    assert doubted(model, task, wrong, teacher, 0.5) and not doubted(model, task, wrong, teacher, 0.0)
+    settings = {"epochs": 0.5, "seed": 3}
+    found = unlearn("reset_fine_tune", model, task, wrong, **settings).patch.digest
+    assert found == unlearn("reset_fine_tune", model, task, wrong, **settings, **DOUBTED).patch.digest
+    assert found != unlearn("reset_fine_tune", model, task, wrong, doubt=0.0, **settings).patch.digest

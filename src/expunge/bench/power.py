@@ -255,7 +255,7 @@ def powers(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Centre and spread come from one half of the retrained models, the threshold and the rates from the other half.
     """
     gone, kept = ([c for c in cells if c["truth"] == t] for t in ("gone", "kept"))
-    names = list(dict.fromkeys(r["name"] for c in cells for r in c["rows"] if not r["name"].startswith(("cost.", "accuracy.class"))))
+    names = list(dict.fromkeys(r["name"] for c in cells for r in c["rows"] if not r["name"].startswith(SAME)))
     out, seen = [], {}
     for name in names:
         a, b = values(gone, name), values(kept, name)
@@ -287,6 +287,9 @@ def _rank_correlation(a: Tensor, b: Tensor) -> float:
 
     return 0.0 if float(a.std()) == 0 or float(b.std()) == 0 else float(spearmanr(a.numpy(), b.numpy()).statistic)
 
+
+SAME = ("cost.", "accuracy.class", "klom_before.", "klom_floor.", "kl_floor.", "js_floor.")
+"""Rows that are left out of the table: cost, single classes, and what does not depend on the candidate."""
 
 ANSWERS = ("accuracy.", "drop.", "membership.")
 """Rows that only look at what the model answers."""

@@ -12,6 +12,8 @@ Settings
     k             how many of the last linear or convolution layers start afresh; 0 for none
     distil        weight of the relative squared distance of logits to the original's on retain: keeps their scale, which short training does not reach
     sharpen       logits are divided by this inside the loss (classification): above 1, margins grow to what a longer training would reach
+    doubt         the original is doubted, and not distilled, where its mean log-odds of forget's labels are below this share of those of retain's
+                  labels, as when forget holds wrong labels: see DOUBTED for what is done instead; 0 never doubts
     epochs        passes over the retain set
     lr            largest step size of the one-cycle schedule
     momentum      of SGD (Nesterov)
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expunge.audits.core import margin
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything, last
@@ -39,12 +42,23 @@ from expunge.training import fresh, outputs
 from expunge.types import Split, Task
 from expunge.updates.descend import descend
 
+DOUBTED = {"shrink": 0.6, "noise": 0.0, "distil": 0.0, "sharpen": 1.25, "weight_decay": 0.0}
+"""What replaces the settings of those names where the original is doubted: its scale is that of a model taught wrong, so it is shrunk and not copied."""
+
+
+def doubted(model: nn.Module, task: Task, split: Split, teacher: Tensor, share: float) -> bool:
+    """Whether mean phi(forget) < share * mean phi(retain), phi = log p_y - log sum_{j != y} p_j by the model; `teacher` holds its logits on retain."""
+    if not share or teacher.ndim != 2 or split.forget.y.is_floating_point():
+        return False
+    gone, kept = margin(outputs(model, task, split.forget).cpu(), split.forget.y), margin(teacher.cpu(), split.retain.y)
+    return bool(gone.mean() < share * kept.mean())
+
 
 @method(
     paper="arXiv:1910.08475",
     tasks=("classification", "regression"),
     needs=("retain",),
-    cost=lambda n, s: ((s["epochs"] + (s["distil"] > 0)) * n["retain"], s["epochs"] * n["retain"]),
+    cost=lambda n, s: ((s["epochs"] + (s["distil"] > 0)) * n["retain"] + (s["distil"] > 0 and s["doubt"] > 0) * n["forget"], s["epochs"] * n["retain"]),
     toy={"epochs": 6.0, "shrink": 0.3, "noise": 0.1, "k": 1, "distil": 0.0, "lr": 0.05},
 )
 def reset_fine_tune(
@@ -57,6 +71,7 @@ def reset_fine_tune(
     k: int = 0,
     distil: float = 5.0,
     sharpen: float = 1.0,
+    doubt: float = 0.5,
     epochs: float = 2.4,
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -67,6 +82,8 @@ def reset_fine_tune(
 ) -> Patch:
     """See the module's docstring."""
     teacher = outputs(model, task, split.retain) if distil else torch.ones(1)
+    if distil and doubted(model, task, split, teacher, doubt):
+        shrink, noise, distil, sharpen, weight_decay = (DOUBTED[name] for name in ("shrink", "noise", "distil", "sharpen", "weight_decay"))
     unit = teacher.square().mean().clamp(min=1)
     new = dict(fresh(model, seed).named_parameters())
     afresh = set(last(model, k).masks) if k else set()
