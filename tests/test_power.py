@@ -50,6 +50,7 @@ def test_powers_and_redundancy(cells):
     assert found["sees.all"]["repeats"] == "twin.x" and found["twin.x"]["repeats"] == ""  # the cheaper one is the one to keep
     assert found["half.x"]["power"] == pytest.approx(8 / 12, abs=0.1) and found["half.x"]["missed"] == ["kind0"]
     assert found["blind.x"]["power"] < 0.4 and found["blind.x"]["auc"] < 0.75
+    assert found["sees.all"]["needed"] <= 2 < found["blind.x"]["needed"]
     assert found["flat.x"]["power"] == 0 and found["flat.x"]["auc"] == 0.5
     text = power.markdown(cells)
     assert "24 models that are gone, 12 that are not" in text and "| sees.all | 1.00" in text

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from expunge import guard
 from expunge.audits.core import Probe, Row, audit, gate
+from expunge.audits.drop import Z
 from expunge.audits.stats import auc, wilson
 from expunge.audits.verdict import UTILITY, default_rules, selftest
 from expunge.bench.worlds import World, cache_folder, world
@@ -250,7 +251,7 @@ def strangeness(gone: Tensor, x: Tensor) -> Tensor:
 
 
 def powers(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per row: AUC of telling kept from gone, power at 5 % false alarms with its interval, models needed, cost, and the row it repeats.
+    """Per row: AUC of telling kept from gone, power at 5 % false alarms with its interval, records needed, cost, and the row it repeats.
 
     Centre and spread come from one half of the retrained models, the threshold and the rates from the other half.
     """
@@ -271,14 +272,30 @@ def powers(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         seconds = sum(c["seconds"].get(check, 0.0) for c in cells) / len(cells)
         seen[name] = torch.cat([s_gone, s_kept])
         area = auc(s_kept, s_gone)
+        n = max(r["n"] for c in cells for r in c["rows"] if r["name"] == name)
         out.append(
-            {"row": name, "check": check, "auc": area[0], "auc_low": area[1], "power": power, "low": low, "high": high, "seconds": seconds, "missed": missed}
-        )
+            {"row": name, "check": check, "auc": area[0], "auc_low": area[1], "power": power, "low": low, "high": high, "seconds": seconds, "missed": missed,
+             "needed": needed(n, float(s_kept.median()))}
+        )  # fmt: skip
     out.sort(key=lambda r: (-r["power"], -r["auc"], r["seconds"]))
     for k, r in enumerate(out):
         twin = max(out[:k], key=lambda q: _rank_correlation(seen[q["row"]], seen[r["row"]]), default=None)
         r["repeats"] = twin["row"] if twin is not None and _rank_correlation(seen[twin["row"]], seen[r["row"]]) > 0.95 else ""
     return out
+
+
+def needed(n: int, distance: float) -> float:
+    """Records at which the median model that is not gone would lie 2 x 1.645 standard deviations off, 5 % errors on either side.
+
+    n          records behind the row; nan for a row that is one number per model
+    distance   of that model, in median absolute deviations of models that are gone at n; their spread is taken to shrink as 1 / sqrt(n)
+
+    >>> needed(100, 1.4826 * 3.29), needed(100, 0.0)
+    (100.0, inf)
+    """
+    if n <= 1:
+        return math.nan
+    return math.inf if distance <= 0 else float(math.ceil(round(n * (2 * Z * 1.4826 / distance) ** 2, 1)))
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -328,6 +345,10 @@ def gates(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def _count(n: float) -> str:
+    return "-" if math.isnan(n) else "any" if n <= 1 else f"{n:,.0f}" if n <= 100_000 else "more than 100,000"
+
+
 def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
     """Per scenario the table of checks, strongest first."""
     out = []
@@ -343,11 +364,10 @@ def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
             )
         rules = "; ".join(f"{n} {r}" for n, r in mine[0]["rules"].items())
         out.append(f"\nUsable default rules on the first original: {rules}.\n")
-        out.append("| row | power at 5 % false alarms | AUC | CPU s | misses | repeats |\n|---|---|---|---|---|---|")
+        out.append("| row | power at 5 % false alarms | AUC | records needed | CPU s | misses | repeats |\n|---|---|---|---|---|---|---|")
         for r in powers(mine):
             missed = ", ".join(r["missed"]) or "none"
-            out.append(
-                f"| {r['row']} | {r['power']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | {r['auc']:.2f} | {r['seconds']:.2f} | {missed} | {r['repeats']} |"
-            )
+            power = f"{r['power']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+            out.append(f"| {r['row']} | {power} | {r['auc']:.2f} | {_count(r['needed'])} | {r['seconds']:.2f} | {missed} | {r['repeats']} |")
         out.append("")
     return "\n".join(out)
