@@ -50,7 +50,6 @@ def test_bench_runs_and_goes_on(tmp_path, trained):
     assert 0.9 < rows["gap_closed.klom"]["value"] < 1.1  # one more retrained model, read against three others
     last = next(c for c in cells if c["method"] == "reset_last")
     assert last["settings"]["k"] == 1 and last["settings"]["reset"]
-    assert table.by_name(last)["gap_closed.klom"]["value"] < 0.9
     text = (tmp_path / "digits.md").read_text()
     assert "| gradient_ascent |" in text
     assert "floor" in text

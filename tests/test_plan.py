@@ -112,5 +112,22 @@ def test_default_rules_follow_the_request():
     _, _, by_record = digits("random")
     assert "accuracy.forget" in default_rules(Probe(model, model, task, by_class))
     assert "membership.loss_auc" in default_rules(Probe(model, model, task, by_record))
-    assert "klom_ratio.forget" in default_rules(Probe(model, model, task, by_record, references("random")))
+    assert default_rules(Probe(model, model, task, by_record, references("random")))["gap_closed.klom"] == ">= 0.5"  # doing nothing is not apart there
     assert "gap_closed.relearning" in default_rules(Probe(model, model, task, by_class, references("class")))
+
+
+def test_record_verdicts_on_known_truth():
+    """Wrong labels, known by heart: doing nothing and copying a retrained model's answers by the head alone are refused, a retrained model passes."""
+    from expunge.bench.power import masked
+    from expunge.training import outputs
+
+    w = world("digits-wrong")
+    split, model = w.split("wrong"), original(w.name)
+    refs = tuple(retrained(w.name, "wrong", k) for k in range(3))
+    rules = default_rules(Probe(model, model, w.task, split, refs))
+    assert float(rules["klom_ratio.forget"].removeprefix("<= ")) <= 4
+    copied_answers = masked(model, w.task, split, 0, outputs(refs[0], w.task, split.forget))
+    passed = {n: audited(model, m, w.task, split, references=refs, slow=False).passed for n, m in (
+        ("nothing", model), ("copied", copied_answers), ("retrained", retrained(w.name, "wrong", 3)),
+    )}  # fmt: skip
+    assert passed == {"nothing": False, "copied": False, "retrained": True}

@@ -183,7 +183,7 @@ def baselines(p: Probe, rules: Iterable[str], checks: Sequence[str] = (), *, slo
             if attempt.outcome == "ok":
                 models[label] = replace(p, after=patched(p.before, attempt), cost={**p.cost, **attempt.cost})
     if len(p.references) >= 2:
-        models["retrained"] = replace(p, after=p.references[0], references=p.references[1:])
+        models["retrained"] = replace(p, after=p.references[0], references=p.references[1:], spread=p.references)
     return {label: _rows(q, rules, False, checks) for label, q in models.items()}
 
 

@@ -82,6 +82,7 @@ class Probe:
     """All that a check may see. `references` are models retrained without the forget set; by convention none is `after`.
 
     pool   shadow models (`audits.pool.Pool`) that calibrate per-example attacks, or None
+    spread       retrained models that set floors, where a held-out one is read against fewer references; empty: the references
     forgotten    the same shadows after the audited method made them forget (`audits.pool.forgotten`), or None
     cost   the attempt's meter and seconds, and `retrain` passes to compare with: keys forward, backward, seconds, retrain_passes
     """
@@ -96,6 +97,7 @@ class Probe:
     cache: dict = field(default_factory=dict)
     pool: Any = None
     forgotten: Any = None
+    spread: tuple[nn.Module, ...] = ()
 
     def model(self, which: str) -> nn.Module:
         """`before`, `after` or `reference0`, `reference1`, ..."""
@@ -103,8 +105,11 @@ class Probe:
 
     def scores(self, which: str, part: str) -> Scores:
         """Scores of a model on a part of the split, computed once per model however many checks ask."""
-        model, data = self.model(which), getattr(self.split, part)
-        return self.once((part,), model, lambda: score(model, self.task, data))
+        return self.seen(self.model(which), part)
+
+    def seen(self, model: nn.Module, part: str) -> Scores:
+        """The same for any model."""
+        return self.once((part,), model, lambda: score(model, self.task, getattr(self.split, part)))
 
     def once(self, what: tuple, model: nn.Module, make: Callable[[], Any]) -> Any:
         """`make()`, computed once per model and `what` (a tuple that names all else it depends on) as long as the cache lives."""

@@ -60,7 +60,8 @@ def klom(p: Probe) -> list[Row]:
     for part in (name for name in PARTS if name in p.split.parts()):
         refs = torch.stack([p.scores(f"reference{k}", part).margin for k in range(len(p.references))])
         after, before = (klom_distance(p.scores(w, part).margin, refs) for w in ("after", "before"))
-        floor = klom_floor(refs) if len(refs) >= 3 else _two_floor(refs)
+        others = torch.stack([p.seen(model, part).margin for model in p.spread]) if p.spread else refs
+        floor = klom_floor(others) if len(others) >= 3 else _two_floor(refs)
         n, note = len(after), f"{len(refs)} retrained models"
         for name, values in (("klom", after), ("klom_before", before), ("klom_floor", floor)):
             rows.append(Row(f"{name}.{part}", float(values.mean()), *_boot(values, p.seed), n, note))

@@ -7,6 +7,7 @@ self-test is `unusable`: it is printed as such and is never a pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,8 +44,16 @@ def default_rules(p: Probe) -> dict[str, str]:
         inside = {"gap_closed.klom": ">= 0.5", "gap_closed.relearning": ">= 0.55"} if len(p.references) >= 2 else {}
         answers = {"accuracy.forget": f"<= {limit:.6f}", "accuracy.forget_test": f"<= {max(limit, 0.1):.6f}"}
         return {**answers, **inside, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
-    goes = {"klom_ratio.forget": "<= 4"} if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
+    goes = _records(p) if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
     return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+
+
+def _records(p: Probe) -> dict[str, str]:
+    """klom_ratio.forget at most half way from 1 to what doing nothing reads, and at most 4 floors; the gap, unusable, where doing nothing is not apart."""
+    rows = {r.name: r for r in audit(replace(p, after=p.before), ["klom"])}
+    if not math.isfinite(rows["gap_closed.klom"].value):
+        return {"gap_closed.klom": ">= 0.5"}
+    return {"klom_ratio.forget": f"<= {min(4.0, (1 + rows['klom_ratio.forget'].value) / 2):.3g}"}
 
 
 def _limit(p: Probe) -> float:
@@ -67,11 +76,10 @@ def checks_for(rules: Iterable[str]) -> list[str]:
 def selftest(p: Probe, rules: Mapping[str, str]) -> list[Trial]:
     """Try every rule on a model whose truth is known. `p.after` is not read."""
     held, others = (p.references[0], p.references[1:]) if len(p.references) >= 2 else (None, ())
-    keep = others or p.references
-    wrong = {"goes": replace(p, after=p.before, references=keep), "stays": replace(p, after=fresh(p.before, p.seed + 1), references=keep)}
+    wrong = {"goes": replace(p, after=p.before), "stays": replace(p, after=fresh(p.before, p.seed + 1))}
     names = checks_for(rules)
     rows = {key: audit(probe, names, slow=False) for key, probe in wrong.items()}
-    good = audit(replace(p, after=held, references=others), names, slow=False) if held is not None else None
+    good = audit(replace(p, after=held, references=others, spread=p.references), names, slow=False) if held is not None else None
     trials = []
     for name, rule in rules.items():
         bad = rows["stays" if name.startswith(UTILITY) else "goes"]
