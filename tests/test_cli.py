@@ -15,6 +15,7 @@ from expunge import cli, models, recipe
 from expunge.data import load, selectors
 from expunge.errors import DataError, ModelError, RecipeError, SettingError, SplitError
 from expunge.patch import difference
+from expunge.run import unlearn
 from expunge.types import Examples
 
 FACTORY = "import functools\nfrom expunge.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
@@ -57,6 +58,38 @@ def test_recipe_to_patch_to_revert(home):
     assert code == 2 and "applied already" in err and not (home / "twice.safetensors").exists()
     assert call("revert", "new.undo.safetensors", *common, "--weights", "new.safetensors", "--out", "back.safetensors")[0] == 0
     assert (home / "back.safetensors").read_bytes() == (home / "model.safetensors").read_bytes()
+
+
+def test_select_writes_ids_that_a_request_can_name(home):
+    common = ["--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train"]
+    code, out, err = call("select", *common, "--size", "20", "--how", "easiest", "--json")
+    assert code == 0, err
+    ids = json.loads(out)["ids"]
+    assert len(set(ids)) == 20 and [int(i) for i in (home / "gone.txt").read_text().split()] == ids
+    forget, _ = selectors.resolve("ids:@gone.txt", load.load("world:digits/train", "classification", home, inside=False), home)
+    assert sorted(forget.ids.tolist()) == sorted(ids)
+    code, _, err = call("select", *common, "--size", "20", "--how", "vulnerable")
+    assert code == 2 and "needs --shadows and --training" in err
+    assert call("select", *common, "--size", "0")[0] == 2
+
+
+def test_audit_with_shadow_models_prints_sections(home):
+    """Few and short shadows: rows of per-example attacks, U-LiRA by the patch's own method, and the sections, weakest first."""
+    common = ["--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train", "--test", "world:digits/test"]
+    attempt = unlearn("fine_tune", original("digits"), *digits()[1:], epochs=0.2)
+    attempt.patch.save(home / "some.safetensors")
+    code, out, err = call("audit", *common, "--forget", "class:3", "--patch", "some.safetensors", "--shadows", "8", "--training",
+                          "epochs=2 batch_size=50 lr=0.05", "--unlearn-shadows", "6", "--json")  # fmt: skip
+    assert code == 1, err
+    document = json.loads(out)
+    names = {r["name"] for t in document["tries"] for r in t["rows"]}
+    assert names >= {"lira.auc", "lira.epsilon", "rmia.auc", "ulira.auc", "quantile.auc"}
+    order = ["FAIL", "UNKNOWN", "PASS"]
+    found = [order.index(s["verdict"]) for s in document["sections"]]
+    assert found == sorted(found) and {s["id"] for s in document["sections"]} == set("ABCD")
+    assert len(list((home / ".cache" / "expunge").glob("shadows-*.safetensors"))) == 1
+    code, _, err = call("audit", *common, "--forget", "class:3", "--patch", "some.safetensors", "--training", "epochs=2")
+    assert code == 2 and "need --shadows" in err
 
 
 def test_gate_refusal_is_exit_code_1(home):

@@ -15,8 +15,8 @@ from worlds import digits, retrained
 
 from expunge import nets, stacked, training
 from expunge.audits import attacks, competition, epsilon, named, pool, power, restore
-from expunge.audits.core import Probe, audit, score
-from expunge.audits.stats import auc
+from expunge.audits.core import Probe, Row, audit, gate, score
+from expunge.audits.stats import auc, wilson
 from expunge.data import worst
 from expunge.errors import ModelError, SettingError
 from expunge.tasks.classification import classification
@@ -216,6 +216,10 @@ def test_calibrated_attack_sees_what_a_population_attack_does_not():
     assert found[1]["lira.auc"].low < 0.6 and found[1]["lira.epsilon"].value < 0.5
     assert found[0]["rmia.auc"].value > found[1]["rmia.auc"].value + 0.2
     assert "needs at least 1,000 non-members" in found[0]["lira.tpr.001"].note
+    worst_known = shadow.vulnerable(data, 40)
+    assert float(torch.isin(worst_known, wrong).float().mean()) > 0.45  # a quarter by chance: wrong labels are known by heart
+    with pytest.raises(SettingError, match="m must be 1 to 160"):
+        shadow.vulnerable(data, 161)
     assert "ulira.auc" not in {r.name for r in audit(Probe(*models, task, split, pool=shadow), ["ulira"])}  # no shadow has forgotten yet
     records, read = pool.universe(Split(split.forget, None, unseen)), {}
     for after, name, settings in ((models[0], "fine_tune", {"epochs": 0.2, "lr": 1e-6}), (models[1], "retrain", {**recipe, "epochs": 40.0})):
@@ -302,3 +306,30 @@ def test_recipes_for_shadows_are_read_with_care():
     for text, message in (("epochs=3", "lacks batch_size, lr"), ("epoch=3", "cannot read 'epoch=3'"), ("epochs=many", "epochs must be of type float")):
         with pytest.raises(SettingError, match=message):
             pool.recipe(text)
+
+
+def test_quantile_attack_needs_no_shadows():
+    """Log-odds that do not follow from the features: forgotten records whose margins were raised by 3 stand out, unseen ones do not."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 4, generator=g)
+    margin = features[:, 0] * 2 + 0.3 * torch.randn(300, generator=g)
+    fit, read, gone = slice(0, 150), slice(150, 225), slice(225, 300)
+    low = attacks.quantile(margin[read], features[read], margin[fit], features[fit])
+    high = attacks.quantile(margin[gone] + 3, features[gone], margin[fit], features[fit])
+    assert auc(high, low)[1] > 0.85 and float((low > 0).float().mean()) < 0.2 and float((high > 0).float().mean()) > 0.7
+    model, task, split = digits("random")
+    rows = {r.name: r for r in audit(Probe(model, model, task, split), ["quantile"])}
+    assert rows["quantile.auc"].low < rows["quantile.auc"].value < rows["quantile.auc"].high and rows["quantile.tpr"].at == 0.05
+
+
+def test_refused_for_too_few_records_says_how_many():
+    """The number named is enough, and half of it is not."""
+    rule = {"accuracy.forget": "<= 0.05"}
+    for hits, n in ((0, 20), (1, 60)):
+        row = Row("accuracy.forget", *wilson(hits, n), n)
+        (reason,) = gate([row], rule)
+        need = int(reason.split("about ")[1].split(" ")[0].replace(",", ""))
+        more = round(hits * need / n)
+        assert not gate([Row("accuracy.forget", *wilson(more, need), need)], rule)
+        assert gate([Row("accuracy.forget", *wilson(round(more / 2), need // 2), need // 2)], rule)
+    assert "too few" not in gate([Row("accuracy.forget", *wilson(30, 60), 60)], rule)[0]

@@ -204,6 +204,57 @@ def audit(
     raise typer.Exit(0 if verdict.passed else 1)
 
 
+@app.command()
+def select(
+    model: ModelSpec, weights: Annotated[str, typer.Option(help="Weights of the trained model.")], train: Annotated[str, typer.Option()],
+    size: Annotated[int, typer.Option(help="How many records.")], how: Annotated[str, typer.Option(help="hardest, easiest, vulnerable or random.")] = "hardest",
+    out: Annotated[str, typer.Option(help="Where the ids go, one per line.")] = "gone.txt", test: str = "", task: str = "classification",
+    shadows: Annotated[int, typer.Option(help="Shadow models, for --how vulnerable.")] = 0,
+    training: Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')] = "",
+    pools: Annotated[str, typer.Option(help="Folder that keeps shadow models.")] = ".cache/expunge", seed: int = 0, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Choose a forget set to audit on: the records that are hardest (or easiest) to forget, or that membership shows in most.
+
+    Example: expunge select --model py:models:factory --weights m.safetensors --train csv:train.csv --size 100; then --forget ids:@gone.txt
+    """
+    import torch
+
+    from expunge import models
+    from expunge.data import load, worst
+    from expunge.errors import SettingError, suggest
+    from expunge.patch import write
+    from expunge.tasks.classification import classification
+
+    ways = ("hardest", "easiest", "vulnerable", "random")
+    if how not in ways:
+        raise SettingError(suggest("no way to select", how, ways))
+    if task != "classification":
+        raise SettingError("select works on classification")
+    net, data = models.load(model, Path(weights)), load.load(train, task, Path.cwd(), inside=False)
+    with bar(as_json) as progress:
+        if how == "vulnerable":
+            unseen = load.load(test, task, Path.cwd(), inside=False) if test else None
+            rows = _shadows(net, classification(), data, unseen, shadows, training, pools, progress).vulnerable(data, size)
+        elif how == "random":
+            rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size].sort().values
+        else:
+            rows = worst.select(net, classification(), data, size, easiest=how == "easiest", seed=seed, progress=progress)
+    ids = data.ids[rows].tolist()
+    write(out, "".join(f"{i}\n" for i in ids))
+    show({"how": how, "ids": ids, "file": out}, True) if as_json else print(f"{len(ids)} {how} records: use --forget ids:@{out}")
+
+
+def _shadows(net, task, data, unseen, shadows: int, training: str, folder: str, progress):
+    """A pool over training data and unseen records."""
+    from expunge.audits import pool
+    from expunge.errors import SettingError
+    from expunge.types import Split
+
+    if not shadows:
+        raise SettingError("--how vulnerable needs --shadows and --training")
+    return pool.shadows(net, task, pool.universe(Split(data, None, unseen)), pool.recipe(training), k=shadows, folder=Path(folder), progress=progress)
+
+
 def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str, folder: str, patch, progress) -> tuple[Any, Any]:
     """The pool of shadow models, and the same after the patch's method; None for what was not asked for."""
     from expunge.audits import pool

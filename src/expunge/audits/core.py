@@ -6,6 +6,7 @@ when a rule's row is missing.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,8 +178,10 @@ def bounds(rule: str) -> tuple[float, float]:
 def gate(rows: Sequence[Row], rules: Mapping[str, str]) -> list[str]:
     """Reasons to refuse, empty when all rules hold at the worse end of their row's interval; a rule without its row refuses.
 
+    Where the value itself holds, the reason says about how many records it would take to claim so.
+
     >>> gate([Row("accuracy.forget", 0.0, 0.0, 0.051, 50)], {"accuracy.forget": "<= 0.02"})
-    ['accuracy.forget is 0 (0 to 0.051, n = 50); the rule asks for <= 0.02']
+    ['accuracy.forget is 0 (0 to 0.051, n = 50); the rule asks for <= 0.02: too few records, about 132 would do']
     """
     found = {row.name: row for row in rows}
     reasons = []
@@ -188,5 +191,21 @@ def gate(rows: Sequence[Row], rules: Mapping[str, str]) -> list[str]:
         if row is None:
             reasons.append(f"{name} was not measured; the rule asks for {rule}")
         elif not (row.low >= low and row.high <= high):
-            reasons.append(f"{name} is {row.value:.4g} ({row.low:.4g} to {row.high:.4g}, n = {row.n}); the rule asks for {rule}")
+            more = enough(row, low, high)
+            few = f": too few records, about {more:,} would do" if more else ""
+            reasons.append(f"{name} is {row.value:.4g} ({row.low:.4g} to {row.high:.4g}, n = {row.n}); the rule asks for {rule}{few}")
     return reasons
+
+
+def enough(row: Row, low: float, high: float) -> int:
+    """About how many records would bring the interval of this value inside low..high; 0 where the value lies outside or on the edge.
+
+    An interval shrinks as 1 / sqrt(n); at a share of exactly 0 or 1 Wilson's end is z^2 / (n + z^2) away, z = 1.645.
+    """
+    room = min([abs(row.value - e) for e in (low, high) if math.isfinite(e)], default=0.0)
+    worst = max(row.high - row.value if row.high > high else 0.0, row.value - row.low if row.low < low else 0.0)
+    if not (low < row.value < high) or not math.isfinite(worst) or row.n < 2 or room <= 0:
+        return 0
+    if row.value in (0.0, 1.0):
+        return math.ceil((row.n + 2.706) * worst / room - 2.706)
+    return math.ceil(row.n * (worst / room) ** 2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from expunge.audits import attacks, epsilon
 from expunge.audits.core import Probe, Row
 from expunge.audits.stats import auc, matched, wilson
+from expunge.guard import quiet
 from expunge.registry import check
 
 
@@ -81,6 +82,34 @@ def rmia(p: Probe) -> list[Row]:
     args = (unseen[population], others_out[:, population])
     high, low = attacks.rmia(own["forget"], forget_out, *args, a=a), attacks.rmia(unseen[read], others_out[:, read], *args, a=a)
     return [Row("rmia.auc", *auc(high, low), len(high) + len(low), f"{note}; {len(population)} of them as population, a = {a}")]
+
+
+@check(tasks=("classification",), needs=("forget", "test"))
+def quantile(p: Probe) -> list[Row]:
+    """quantile.auc, quantile.tpr: log-odds above what a quantile regression expects of an unseen record with these features; no shadow models.
+
+    The regression is fitted on the inputs of the last layer of one half of the unseen records of the same labels, and read on the other half; 0.5
+    and 0.05 by chance. Left out below 20 unseen records.
+    """
+    drawn, note = matched(p.split.forget.y, p.split.test.y, p.seed)
+    if len(drawn) < 20:
+        return []
+    rows = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(p.seed))]
+    fit, read = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    own, features = {part: p.scores("after", part).margin for part in ("forget", "test")}, {part: _features(p, part) for part in ("forget", "test")}
+    known = own["test"][fit], features["test"][fit]
+    high = attacks.quantile(own["forget"], features["forget"], *known, seed=p.seed)
+    low = attacks.quantile(own["test"][read], features["test"][read], *known, seed=p.seed)
+    note = f"{note}; {len(fit)} of them fitted"
+    return [Row("quantile.auc", *auc(high, low), len(high) + len(low), note, indicative=True),
+            Row("quantile.tpr", *wilson(int((high > 0).sum()), len(high)), len(high), note, indicative=True, at=0.05)]  # fmt: skip
+
+
+def _features(p: Probe, part: str) -> Tensor:
+    """(N, D) inputs of the candidate's last linear layer."""
+    batches = p.task.batches(getattr(p.split, part), 500)
+    with quiet(p.after):
+        return torch.cat([p.task.features(p.after, batches[k], "").cpu().float() for k in range(len(batches))])
 
 
 def _out(phi: Tensor, inside: Tensor) -> Tensor:

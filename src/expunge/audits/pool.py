@@ -59,6 +59,21 @@ class Pool:
         """(K, n) bool: which shadows saw which record."""
         return self.inside[:, self.rows(data)]
 
+    def vulnerable(self, data: Examples, m: int) -> Tensor:
+        """(m,) positions in `data` of the records that membership shows in most: the largest (mu_in - mu_out) / s of their log-odds, in order.
+
+        s is the pooled deviation of the record's two sides. Raises SettingError unless 0 < m <= len(data).
+        """
+        if not 0 < m <= len(data):
+            raise SettingError(f"m must be 1 to {len(data)} records, not {m}")
+        phi, saw = self.margins(data), self.sides(data)
+        mean, square = {}, torch.zeros(len(data))
+        for side, mask in (("in", saw), ("out", ~saw)):
+            mean[side] = (phi * mask).sum(0) / mask.sum(0).clamp(min=1)
+            square = square + ((phi - mean[side]) ** 2 * mask).sum(0)
+        gap = (mean["in"] - mean["out"]) / (square / max(1, len(phi) - 2)).sqrt().clamp(min=1e-6)
+        return gap.topk(m).indices.sort().values
+
     def fits(self, model: nn.Module) -> None:
         """Raises ModelError unless the shadows have the model's architecture."""
         if shapes(model) != shapes(self.models[0]):
