@@ -316,3 +316,26 @@ def test_write_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(PatchError, match="cannot write"):
         html.write(unpictured(), tmp_path / "file" / "report.html")
     assert html.write({"title": "\ud800"}, tmp_path / "odd.html").exists()
+
+
+def test_named_checks_are_shown_weakest_first():
+    """Sections as the audit orders them: all in the page, in the terminal what passed only as a count; text from a document stays text."""
+    checks = [
+        {"id": "B3", "statement": "relearning", "verdict": "FAIL", "why": "relearning.area 0.4 <b>", "p": 0.001, "row": "relearning.area"},
+        {"id": "B2", "statement": "kept records", "verdict": "PASS", "why": "fine", "p": 1.0, "row": "restore.retain"},
+    ]
+    sections = [
+        {"id": "B", "title": "Robustness", "verdict": "FAIL", "count": {"FAIL": 1, "UNKNOWN": 0, "PASS": 1}, "checks": checks},
+        {"id": "D", "title": "Process", "verdict": "PASS", "count": {"FAIL": 0, "UNKNOWN": 0, "PASS": 1}, "checks": []},
+    ]
+    document = {"title": "t", "verdict": {"passed": False, "reasons": []}, "sections": sections}
+    page = html.render(document)
+    assert page.index("B Robustness: 1 FAIL, 1 PASS") < page.index("B3 relearning") < page.index("B2 kept records") < page.index("D Process: 1 PASS")
+    assert "0.4 &lt;b&gt;" in page
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table.show(document, 120))
+    text = console.export_text()
+    assert "B3 relearning" in text and "B2 kept records" not in text and "D Process: 1 PASS" in text
+    assert html.render({**document, "sections": [3, {"checks": "x"}, None]})  # a damaged document still renders
