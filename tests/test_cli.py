@@ -88,6 +88,10 @@ def test_audit_with_shadow_models_prints_sections(home):
     found = [order.index(s["verdict"]) for s in document["sections"]]
     assert found == sorted(found) and {s["id"] for s in document["sections"]} == set("ABCD")
     assert len(list((home / ".cache" / "expunge").glob("shadows-*.safetensors"))) == 1
+    code, out, _ = call("audit", *common, "--forget", "class:3", "--patch", "some.safetensors", "--quick", "--json")
+    quick = json.loads(out)
+    assert code == 1 and set(document["baselines"]) - set(quick["baselines"]) == {"fine_tune", "reset_last"}
+    assert "relearn.steps" in names and "relearn.steps" not in {r["name"] for t in quick["tries"] for r in t["rows"]}
     code, _, err = call("audit", *common, "--forget", "class:3", "--patch", "some.safetensors", "--training", "epochs=2")
     assert code == 2 and "need --shadows" in err
 

@@ -20,6 +20,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
 ModelSpec = Annotated[str, typer.Option(help="py:module:factory, a function without arguments that returns the module.")]
 Weights = Annotated[str, typer.Option(help="Safetensors state dict of the model.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
 Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) the patch.")]
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -133,7 +134,7 @@ def forget(
     forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500")], weights: Weights = "", test: str = "",
     validation: str = "", task: str = "classification", method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights of a retrained model; repeat for several.")] = None, retrain_epochs: float = 0.0,
-    seed: int = 0, out: str = "out", key_file: Key = "", as_json: Json = False,
+    seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3)."""
     from expunge import models
@@ -148,7 +149,7 @@ def forget(
     with bar(as_json) as progress:
         verdict = planner.forget(
             net, chosen, split, references=references, methods=[method] if method else [], settings=given, seed=seed, folder=Path(out) / "checkpoints",
-            retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, progress=progress,
+            retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, slow=not quick, progress=progress,
         )  # fmt: skip
     show(verdict.save(out, f"Forget {forget}", _key(key_file)), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
@@ -174,7 +175,8 @@ def audit(
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')] = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
-    pools: Annotated[str, typer.Option(help="Folder that keeps shadow models.")] = ".cache/expunge", seed: int = 0, as_json: Json = False,
+    pools: Annotated[str, typer.Option(help="Folder that keeps shadow models.")] = ".cache/expunge", seed: int = 0, quick: Quick = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Audit a patch, or weights from any other tool, against the model before and retrained references.
 
@@ -198,7 +200,7 @@ def audit(
     meta = {} if found is None else found.meta
     attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
     references = [models.load(model, Path(r)) for r in reference or []]
-    verdict = outcome.audited(before, now, chosen, split, references=references, seed=seed, attempt=attempt, pool=pool, forgotten=forgotten)
+    verdict = outcome.audited(before, now, chosen, split, references=references, seed=seed, attempt=attempt, slow=not quick, pool=pool, forgotten=forgotten)
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
