@@ -19,11 +19,10 @@ from expunge.guard import Guard
 from expunge.losses.sparse import decaying, l1, shrink
 from expunge.methods.influence import pull
 from expunge.methods.prune_unlearn import ROUNDS, lowest, prunable, synflow
-from expunge.methods.slug import absent
 from expunge.registry import METHODS
 from expunge.scopes.pareto import front, layer_points, matrices
 from expunge.tasks.classification import classification
-from expunge.types import Examples, Split
+from expunge.types import Examples, Split, absent
 from expunge.updates.gradients import fisher, rows, squares
 from expunge.updates.newton import published, woodbury
 from expunge.updates.oneshot import dampening, first_step, noise_variance, search, step_along

@@ -20,7 +20,7 @@ from expunge.bench.worlds import World, world
 from expunge.data import shield
 from expunge.data.shield import clusters, convolve, cuda, kernel, pull
 from expunge.errors import DataError, SettingError, SplitError
-from expunge.training import train
+from expunge.training import features, train
 from expunge.types import Examples
 
 RECIPE = {"epochs": 15, "batch_size": 50, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
@@ -133,7 +133,7 @@ def test_loss_of_the_card():
 def test_perturbations_push_clusters_to_the_next_centre(on):
     w, model = digits(), surrogate()
     protected = clustered(0.5, on)
-    before, after = (shield._features(model, w.task, d) for d in (w.train, protected))
+    before, after = (features(model, w.task, d) for d in (w.train, protected))
     centres, where = shield._means(before, 10, 0)
     gains = []
     for i in range(10):

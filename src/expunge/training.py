@@ -46,6 +46,13 @@ def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int,
     return losses
 
 
+def features(model: nn.Module, task: Task, data, layer: str = "", size: int = 256) -> Tensor:
+    """(N, D) features of all of `data` in eval mode, without augmentation: the inputs of the last linear layer when `layer` is ""."""
+    batches = task.batches(data, size)
+    with quiet(model):
+        return torch.cat([task.features(model, batches[k], layer).detach() for k in range(len(batches))])
+
+
 def outputs(model: nn.Module, task: Task, data) -> Tensor:
     """(N, C) logits or (N, ...) predictions of `model` in eval mode, without augmentation: the constant targets of distillation."""
     batches = task.batches(data, 256)

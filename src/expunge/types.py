@@ -272,6 +272,16 @@ def concat(*parts: Examples) -> Examples:
     return replace(first, x=torch.cat([p.x for p in parts]), y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]))
 
 
+def absent(forget: Tensor, retain: Tensor) -> Tensor:
+    """The classes that forget (N,) has and retain (M,) lacks: those that the request removes, sorted.
+
+    >>> absent(torch.tensor([3, 1, 3]), torch.tensor([0, 1]))
+    tensor([3])
+    """
+    classes = forget.unique()
+    return classes[~torch.isin(classes, retain)]
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the model's first parameter; CPU for a model without."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expunge import guard
 from expunge.errors import GateError
 from expunge.registry import CHECKS
-from expunge.types import Examples, Out, Split, Task
+from expunge.types import Examples, Out, Split, Task, absent
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Probe:
         forget, retain = self.split.forget, self.split.retain
         if self.task.name != "classification" or not isinstance(forget, Examples) or not isinstance(retain, Examples):
             return []
-        return sorted(set(forget.y.tolist()) - set(retain.y.tolist()))
+        return absent(forget.y, retain.y).tolist()
 
 
 def score(model: nn.Module, task: Task, data: Sequence, size: int = 500) -> Scores:

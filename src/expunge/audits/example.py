@@ -13,9 +13,9 @@ from torch import Tensor
 
 from expunge.audits import attacks, epsilon
 from expunge.audits.core import Probe, Row
-from expunge.audits.stats import auc, matched, wilson
-from expunge.guard import quiet
+from expunge.audits.stats import above, auc, matched, wilson
 from expunge.registry import check
+from expunge.training import features
 
 
 @check(tasks=("classification",), needs=("forget", "test"), pool=True)
@@ -39,10 +39,7 @@ def lira(p: Probe) -> list[Row]:
     rows = [Row("lira.auc", *auc(high, low), len(high) + len(low), note), *_rates(high, low, note), _bound(high, low, p.seed, note)]
     if p.references:
         rest = [auc(*scores(f"reference{k}")) for k in range(len(p.references))]
-        value, a, b = rows[0].value, rows[0].low, rows[0].high
-        centre = sum(r[0] for r in rest) / len(rest)
-        width = (((b - a) / 2) ** 2 + sum(((r[2] - r[1]) / 2) ** 2 for r in rest) / len(rest) ** 2) ** 0.5
-        rows.append(Row("lira.excess", value - centre, value - centre - width, value - centre + width, rows[0].n, note))
+        rows.append(Row("lira.excess", *above((rows[0].value, rows[0].low, rows[0].high), rest), rows[0].n, note))
     return rows
 
 
@@ -96,20 +93,14 @@ def quantile(p: Probe) -> list[Row]:
         return []
     rows = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(p.seed))]
     fit, read = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    own, features = {part: p.scores("after", part).margin for part in ("forget", "test")}, {part: _features(p, part) for part in ("forget", "test")}
-    known = own["test"][fit], features["test"][fit]
-    high = attacks.quantile(own["forget"], features["forget"], *known, seed=p.seed)
-    low = attacks.quantile(own["test"][read], features["test"][read], *known, seed=p.seed)
+    own = {part: p.scores("after", part).margin for part in ("forget", "test")}
+    at = {part: features(p.after, p.task, getattr(p.split, part), "", 500).cpu().float() for part in own}
+    known = own["test"][fit], at["test"][fit]
+    high = attacks.quantile(own["forget"], at["forget"], *known, seed=p.seed)
+    low = attacks.quantile(own["test"][read], at["test"][read], *known, seed=p.seed)
     note = f"{note}; {len(fit)} of them fitted"
     return [Row("quantile.auc", *auc(high, low), len(high) + len(low), note, indicative=True),
             Row("quantile.tpr", *wilson(int((high > 0).sum()), len(high)), len(high), note, indicative=True, at=0.05)]  # fmt: skip
-
-
-def _features(p: Probe, part: str) -> Tensor:
-    """(N, D) inputs of the candidate's last linear layer."""
-    batches = p.task.batches(getattr(p.split, part), 500)
-    with quiet(p.after):
-        return torch.cat([p.task.features(p.after, batches[k], "").cpu().float() for k in range(len(batches))])
 
 
 def _out(phi: Tensor, inside: Tensor) -> Tensor:

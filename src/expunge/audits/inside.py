@@ -9,8 +9,8 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.membership import targets
 from expunge.audits.restore import excess
 from expunge.audits.stats import auc, matched
-from expunge.guard import quiet
 from expunge.registry import check
+from expunge.training import features
 
 MOST_LAYERS = 6
 """Layers that are probed, evenly spaced from first to last."""
@@ -69,18 +69,13 @@ def probe(p: Probe) -> list[Row]:
     if min(map(len, sets)) < 8:
         return []
 
-    def features(model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-        out = []
-        with quiet(model):
-            for part in sets:
-                batches = p.task.batches(part, 500)
-                out.append(narrow(torch.cat([p.task.features(model, batches[k], layer).cpu().float() for k in range(len(batches))]), p.seed))
-        return out[0], out[1]
+    def read(model: nn.Module, layer: str) -> tuple[float, float, int]:
+        gone, other = (narrow(features(model, p.task, part, layer, 500).cpu().float(), p.seed) for part in sets)
+        return probed((gone, other), p.seed)
 
     rows = []
     for layer in layers(p.after):
-        read = lambda m, layer=layer: probed(features(m, layer), p.seed)  # noqa: E731
-        mine, *rest = (p.once(("probe", layer, p.seed), m, lambda m=m, read=read: read(m)) for m in (p.after, *p.references[:3]))
+        mine, *rest = (p.once(("probe", layer, p.seed), m, lambda m=m, layer=layer: read(m, layer)) for m in (p.after, *p.references[:3]))
         rows.append(excess(mine, rest, f"probe.{layer}", f"AUC {mine[0]:.3g}"))
     worst = max(rows, key=lambda r: r.value)
     return [*rows, Row("probe.excess", worst.value, worst.low, worst.high, worst.n, f"worst of {len(rows)} layers: {worst.name[6:]}; {worst.note}")]

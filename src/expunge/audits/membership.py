@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row, Scores
 from expunge.audits.drop import Z
-from expunge.audits.stats import auc, matched, wilson
+from expunge.audits.stats import above, auc, matched, wilson
 from expunge.audits.utility import entropy, modified_entropy, modified_entropy_published
 from expunge.registry import check
 
@@ -47,19 +47,7 @@ def membership(p: Probe) -> list[Row]:
         out.append(Row("membership.entropy_auc", *auc(entropy(test.logits[rows]), entropy(forget.logits)), n, note, indicative=True))
     if p.references and len(rows):
         rest = [auc(p.scores(f"reference{k}", "test").nll[rows], p.scores(f"reference{k}", "forget").nll) for k in range(len(p.references))]
-        centre = sum(r[0] for r in rest) / len(rest)
-        width = (((high - low) / 2) ** 2 + sum(((r[2] - r[1]) / 2) ** 2 for r in rest) / len(rest) ** 2) ** 0.5
-        out.append(
-            Row(
-                "membership.excess",
-                value - centre,
-                value - centre - width,
-                value - centre + width,
-                n,
-                f"{note}; against {len(rest)} retrained models",
-                indicative=True,
-            )
-        )
+        out.append(Row("membership.excess", *above((value, low, high), rest), n, f"{note}; against {len(rest)} retrained models", indicative=True))
     return out
 
 

@@ -77,9 +77,9 @@ def selftest(p: Probe, rules: Mapping[str, str]) -> list[Trial]:
     """Try every rule on a model whose truth is known. `p.after` is not read."""
     held, others = (p.references[0], p.references[1:]) if len(p.references) >= 2 else (None, ())
     wrong = {"goes": replace(p, after=p.before), "stays": replace(p, after=fresh(p.before, p.seed + 1))}
-    names = checks_for(rules)
-    rows = {key: audit(probe, names, slow=False) for key, probe in wrong.items()}
-    good = audit(replace(p, after=held, references=others, spread=p.references), names, slow=False) if held is not None else None
+    side = {"goes": [n for n in rules if not n.startswith(UTILITY)], "stays": [n for n in rules if n.startswith(UTILITY)]}
+    rows = {key: audit(probe, checks_for(side[key]), slow=False) if side[key] else [] for key, probe in wrong.items()}
+    good = audit(replace(p, after=held, references=others, spread=p.references), checks_for(rules), slow=False) if held is not None else None
     trials = []
     for name, rule in rules.items():
         bad = rows["stays" if name.startswith(UTILITY) else "goes"]

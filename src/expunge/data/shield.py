@@ -31,6 +31,7 @@ from expunge import guard
 from expunge.errors import DataError, SettingError
 from expunge.losses import kl
 from expunge.session import scratch
+from expunge.training import features
 from expunge.types import Examples, Out, Task
 from expunge.updates.descend import descend
 
@@ -100,7 +101,7 @@ def clusters(
     if not 2 <= p <= len(data) or not 0 < eps <= 1 or steps < 1 or width < 1:
         raise SettingError(f"p must be 2 to {len(data)}, eps above 0 up to 1, steps and width at least 1; found {p}, {eps:g}, {steps} and {width}")
     plain, f = replace(data, augment=None), copy.deepcopy(surrogate).requires_grad_(False).eval()
-    centres, where = _means(_features(f, task, plain, layer), p, seed)
+    centres, where = _means(features(f, task, plain, layer).float().cpu(), p, seed)
     x = data.x.clone()
     for i in range(p):
         if progress:
@@ -128,13 +129,6 @@ def pull(features: Tensor, centre: Tensor) -> Tensor:
     [0.3278, 0.0]
     """
     return kl(Out(nll=features[:, 0], count=torch.ones(len(features)), logits=features), centre.expand_as(features))
-
-
-def _features(model: nn.Module, task: Task, data: Examples, layer: str = "") -> Tensor:
-    """(N, D) features of every image in eval mode, on the CPU."""
-    batches = task.batches(data, 256)
-    with guard.quiet(model):
-        return torch.cat([task.features(model, batches[k], layer).float().cpu() for k in range(len(batches))])
 
 
 def check_images(data: Examples) -> None:

@@ -35,6 +35,7 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
+from expunge.training import features
 from expunge.types import Paired, Split, Task, drawn
 from expunge.updates.descend import descend
 
@@ -68,12 +69,7 @@ def duck(
 ) -> Patch:
     """See the module's docstring."""
 
-    def embed(data) -> Tensor:
-        batches = task.batches(data, 256)
-        with quiet(model):
-            return torch.cat([task.features(model, batches[k], "") for k in range(len(batches))])
-
-    kept, gone = embed(split.retain), embed(split.forget)
+    kept, gone = (features(model, task, part) for part in (split.retain, split.forget))
     labels = split.retain.y.unique()
     centres = torch.stack([kept[split.retain.y == c].mean(0) for c in labels])
     distance = 1 - torch.nn.functional.cosine_similarity(gone[:, None], centres[None], dim=-1)
@@ -81,10 +77,10 @@ def duck(
     aim = centres[distance.masked_fill(own.to(distance.device), torch.inf).argmin(1)]
 
     def loss(pair, pull: float = lambda1) -> Tensor:
-        features = task.features(model, pair[0], "")
+        moved = task.features(model, pair[0], "")
         out = task.forward(model, pair[1])
         ce = torch.nn.functional.cross_entropy(out.logits / temperature, out.labels)
-        return pull * cosine_distance(features, aim[pair[0]["i"]].to(features)).mean().to(ce) + lambda2 * ce
+        return pull * cosine_distance(moved, aim[pair[0]["i"]].to(moved)).mean().to(ce) + lambda2 * ce
 
     def accuracy(data) -> float:
         batches = task.batches(data, 256)

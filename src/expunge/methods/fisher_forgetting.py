@@ -24,7 +24,7 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything, last
 from expunge.session import edit
-from expunge.types import Split, Task
+from expunge.types import Split, Task, absent
 from expunge.updates.gradients import fisher
 
 
@@ -44,7 +44,7 @@ def fisher_forgetting(
     """See the module's docstring."""
     importance = fisher(model, task, split.retain, per_sample=per_sample, batch_size=batch_size)
     head = set(last(model, 1).masks)
-    gone = sorted(set(split.forget.y.tolist()) - set(split.retain.y.tolist())) if task.name == "classification" else []
+    gone = absent(split.forget.y, split.retain.y).tolist() if task.name == "classification" else []
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
         with torch.no_grad():
             for name, p in e.params.items():

@@ -45,13 +45,12 @@ from torch import Tensor, nn
 
 from expunge.audits.core import score
 from expunge.errors import Diverged, SettingError
-from expunge.methods.slug import absent
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.codependence import codependence
 from expunge.scopes.layers import everything
 from expunge.session import edit
-from expunge.types import Batch, Examples, Scope, Split, Task
+from expunge.types import Batch, Examples, Scope, Split, Task, absent
 from expunge.updates.gradients import rows
 from expunge.updates.newton import woodbury
 from expunge.updates.oneshot import step_along

@@ -28,7 +28,7 @@ Check
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from expunge.audits.core import score
 from expunge.errors import SettingError
@@ -38,7 +38,7 @@ from expunge.scopes.layers import match
 from expunge.scopes.pareto import front, layer_points, matrices
 from expunge.scopes.saliency import gradient_sum
 from expunge.session import edit
-from expunge.types import Split, Task
+from expunge.types import Split, Task, absent
 from expunge.updates.oneshot import first_step, search
 
 
@@ -97,13 +97,3 @@ def slug(
             _, name, s = min(chosen, key=lambda c: c[0])
             put(name, s)
     return e.patch
-
-
-def absent(forget: Tensor, retain: Tensor) -> Tensor:
-    """The classes that forget (N,) has and retain (M,) lacks: those that the request removes, sorted.
-
-    >>> absent(torch.tensor([3, 1, 3]), torch.tensor([0, 1]))
-    tensor([3])
-    """
-    classes = forget.unique()
-    return classes[~torch.isin(classes, retain)]

@@ -36,7 +36,7 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.layers import everything
 from expunge.session import edit
-from expunge.types import Examples, Split, Task
+from expunge.types import Examples, Split, Task, absent
 from expunge.updates.descend import alternate
 
 
@@ -70,7 +70,7 @@ def unsir(
     seed: int = 0,
 ) -> Patch:
     """See the module's docstring."""
-    removed = sorted(set(split.forget.y.tolist()) - set(split.retain.y.tolist()))
+    removed = absent(split.forget.y, split.retain.y).tolist()
     if not removed:
         raise SplitError("unsir removes classes: the forget set must hold a class of which retain has no record")
     shape = split.forget.x.shape[1:]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge import guard
 from expunge.errors import SettingError, SplitError
 from expunge.losses.sparse import shrink
+from expunge.training import features
 from expunge.types import Task
 
 KINDS = ("nmf", "pca", "cav")
@@ -58,9 +58,7 @@ def projections(features: Tensor, directions: Tensor) -> Tensor:
 
 def embed(model: nn.Module, task: Task, data, layer: str = "") -> Tensor:
     """(N, D) features of all of `data` in float64 on the CPU, in eval mode: the inputs of the last linear layer when `layer` is ""."""
-    batches = task.batches(data, 256)
-    with guard.quiet(model):
-        return torch.cat([task.features(model, b, layer).detach().cpu().double() for b in batches])
+    return features(model, task, data, layer).cpu().double()
 
 
 def cav(inside: Tensor, outside: Tensor, *, seed: int = 0) -> Tensor:
