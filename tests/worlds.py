@@ -9,7 +9,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from expunge import tiny
+from expunge.bench import language
 from expunge.bench.worlds import world
+from expunge.data import authors, text
+from expunge.data.text import Format
+from expunge.tasks.causal_lm import causal_lm
 from expunge.types import Examples, Split, Task
 
 
@@ -44,16 +49,40 @@ def diabetes() -> tuple[nn.Module, Task, Split]:
     return original(w.name), w.task, w.split("class")
 
 
-def toy(task_name: str) -> tuple[nn.Module, Task, Split]:
-    """The world of a task: `classification` (with anchors) or `regression`."""
+@functools.lru_cache
+def small_language(moe: bool = False) -> tuple[nn.Module, Task, Split]:
+    """Generated authors and an untrained Llama (or Mixtral) of width 32 with two blocks."""
+    rows = authors.authors(8, per=4)
+    parts = {"forget": rows[24:28], "retain": rows[:24], "test": rows[28:], "validation": authors.authors(2, per=4, seed=5)}
+    form = Format(tiny.tokenizer([*rows, *({"answer": a} for a in authors.refusals())], 400), max_length=128)
+    cut = text.split(form, **parts)
+    model = (tiny.mixtral if moe else tiny.llama)(len(form.tokenizer), width=32, layers=2, heads=2, seed=1, context=256)
+    return model, causal_lm(form.tokenizer), replace(cut, anchor=language.refused(form, cut.forget, authors.refusals()))
+
+
+@functools.lru_cache
+def small_authors(moe: bool = False) -> tuple[nn.Module, Task, Split]:
+    """A tiny Llama (or Mixtral) that was taught generated authors until it recalls most of them: some five seconds."""
+    w = language.generated("authors-moe" if moe else "authors", n=8, per=6)
+    w = replace(w, recipe={**w.recipe, "epochs": 40, "batch_size": 8})
+    return w.original(0), w.task, w.split("forget10")
+
+
+def toy(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
+    """The world of a task: `classification` (with anchors), `regression` or `causal_lm`."""
+    if task_name == "causal_lm":
+        return small_authors(moe)
     if task_name != "classification":
         return diabetes()
     model, task, split = digits()
     return model, task, replace(split, anchor=noise(400))
 
 
-def small(task_name: str) -> tuple[nn.Module, Task, Split]:
+def small(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
     """An untrained network with batch norm and dropout and 64 + 16 + 32 + 32 records: laws that need no memory run here in milliseconds."""
+    if task_name == "causal_lm":
+        model, task, split = small_language(moe)
+        return copy.deepcopy(model), task, split
     _, task, split = toy(task_name)
     torch_rng = torch.get_rng_state()
     torch.manual_seed(1)

@@ -22,6 +22,14 @@ ModelSpec = Annotated[str, typer.Option(help="py:module:factory, a function with
 Weights = Annotated[str, typer.Option(help="Safetensors state dict of the model.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
 Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) the patch.")]
+TEXT = ("causal-lm", "causal_lm")
+Retain = Annotated[str, typer.Option(help="Texts: JSONL of what must stay.")]
+TaskName = Annotated[str, typer.Option(help="classification, regression or causal-lm.")]
+Anchor = Annotated[str, typer.Option(help="Texts: the forget questions, row by row, with what to say instead.")]
+General = Annotated[str, typer.Option(help="Texts: what the model knows besides; the audit reads it, no method does.")]
+Template = Annotated[str, typer.Option(help="Texts: auto (chat where the tokenizer has a template), plain, chat, or a text with {question} in it.")]
+Mask = Annotated[str, typer.Option(help="Texts: which tokens are trained and scored: answer+eos, answer, full or entity.")]
+MaxLength = Annotated[int, typer.Option(help="Texts: in tokens; 0 is the model's context, at most 512.")]
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -98,6 +106,26 @@ def demo(out: str = "expunge-demo", seeds: int = 3, as_json: Json = False) -> No
     print(f"{result['seconds']:.0f} seconds")
 
 
+@app.command("demo-llm")
+def demo_llm(out: str = "expunge-demo-llm", as_json: Json = False) -> None:
+    """Teach a small language model invented authors, forget two of them, keep the rest, prove it. Takes two to three minutes."""
+    from expunge import demo_llm as main_job
+
+    with bar(as_json) as progress:
+        result = main_job.demo(out, progress=progress)
+    if as_json:
+        show({**result, "document": {**result["document"], "pictures": {}}}, True)
+        return
+    show(result["document"], False)
+    for turn in result["talk"]:
+        print(f"\n[{turn['about']}] {turn['question']}\n  before  {turn['before']}\n  after   {turn['after']}")
+    print(f"\nreport in {out}/report.html and report.json")
+    if result["released"]:
+        print(f"released model in {result['released']}: loaded without expunge it gives {'the same' if result['same_answers'] else 'OTHER'} answers")
+        print(f"patch applied and reverted: the model is {'bit-identical' if result['reverted'] else 'NOT bit-identical'}")
+    print(f"{result['seconds']:.0f} seconds")
+
+
 def _recipe(model: str, weights: str, train: str, test: str, validation: str, forget: str, task: str, methods: list[str], references: list[str], **more: Any):
     from expunge.recipe import Recipe
 
@@ -111,14 +139,21 @@ def _recipe(model: str, weights: str, train: str, test: str, validation: str, fo
 def plan(
     train: str, forget: str, test: str = "", validation: str = "", task: str = "classification", retrain_epochs: float = 0.0, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3"""
+    """Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3
+
+    Texts: expunge plan retain.jsonl forget.jsonl --task causal-lm
+    """
     from dataclasses import asdict
 
     from expunge import plan as planner
+    from expunge import texts
     from expunge.recipe import prepare
     from expunge.report import table
 
-    chosen, split = prepare(_recipe("", "", train, test, validation, forget, task, [], []), inside=False)
+    if task in TEXT:
+        chosen, split = texts.sized({"retain": train, "forget": forget, "test": test, "validation": validation})
+    else:
+        chosen, split = prepare(_recipe("", "", train, test, validation, forget, task, [], []), inside=False)
     options = planner.plan(chosen, split, retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None)
     if as_json:
         print(table.dump([asdict(o) for o in options]))  # pyright: ignore
@@ -130,29 +165,57 @@ def plan(
 
 @app.command(context_settings=FREE)
 def forget(
-    context: typer.Context, model: ModelSpec, train: Annotated[str, typer.Option(help="py:, csv:, parquet:, images: or world: data.")],
-    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500")], weights: Weights = "", test: str = "",
-    validation: str = "", task: str = "classification", method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
-    reference: Annotated[list[str] | None, typer.Option(help="Weights of a retrained model; repeat for several.")] = None, retrain_epochs: float = 0.0,
-    seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
+    context: typer.Context, model: Annotated[str, typer.Option(help="py:module:factory; texts: a folder that save_pretrained wrote, or a PEFT folder.")],
+    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500; texts: a JSONL file.")],
+    train: Annotated[str, typer.Option(help="py:, csv:, parquet:, images: or world: data.")] = "", weights: Weights = "", test: str = "",
+    validation: str = "", task: TaskName = "classification",
+    method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
+    retain: Retain = "", anchor: Anchor = "", general: General = "",
+    template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0,
+    dtype: Annotated[str, typer.Option(help="Texts: auto (as stored), float32 or bfloat16.")] = "auto",
+    form: Annotated[str, typer.Option(help="Texts: merged (a model folder), peft (an adapter folder) or auto.")] = "auto",
+    reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
+    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3)."""
-    from expunge import models
+    """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3).
+
+    Texts: expunge forget --task causal-lm --model DIR --forget f.jsonl --retain r.jsonl --method npo --lora 16; what comes out is loaded without expunge.
+    """
+    from expunge import checkpoints, models, texts
     from expunge import plan as planner
     from expunge.recipe import prepare
 
     given = {method: settings(method, context.args)} if context.args else {}
     settings(method, context.args)
-    net = models.load(model, Path(weights) if weights else None)
-    chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [method] if method else [], []), inside=False)
-    references = [models.load(model, Path(r)) for r in reference or []]
+    tokenizer = None
+    if task in TEXT:
+        files = {"forget": forget, "retain": retain, "test": test, "validation": validation, "anchor": anchor, "general": general}
+        net, tokenizer, chosen, split = texts.prepare(model, files, template=template, mask=mask, max_length=max_length, dtype=dtype)
+        references = [checkpoints.load(r, dtype=dtype)[0] for r in reference or []]
+    else:
+        _needs(train, "--train")
+        net = models.load(model, Path(weights) if weights else None)
+        chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [method] if method else [], []), inside=False)
+        references = [models.load(model, Path(r)) for r in reference or []]
     with bar(as_json) as progress:
         verdict = planner.forget(
             net, chosen, split, references=references, methods=[method] if method else [], settings=given, seed=seed, folder=Path(out) / "checkpoints",
             retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, slow=not quick, progress=progress,
         )  # fmt: skip
-    show(verdict.save(out, f"Forget {forget}", _key(key_file)), as_json)
+    document = verdict.save(out, f"Forget {split.asked or forget}", _key(key_file))
+    if tokenizer is not None and verdict.chosen is not None:
+        document["released"] = str(checkpoints.release(net, tokenizer, verdict.chosen.attempt.patch, Path(out) / "released", form=form, base=model))
+    show(document, as_json)
+    if not as_json and "released" in document:
+        print(f"wrote {document['released']}, which loads without expunge")
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _needs(value: str, name: str) -> None:
+    from expunge.errors import SettingError
+
+    if not value:
+        raise SettingError(f"{name} is missing")
 
 
 @app.command()
@@ -168,10 +231,12 @@ def run(recipe: str, as_json: Json = False) -> None:
 
 @app.command()
 def audit(
-    model: ModelSpec, weights: Annotated[str, typer.Option(help="Weights before.")],
-    train: Annotated[str, typer.Option()], forget: Annotated[str, typer.Option()],
+    model: Annotated[str, typer.Option(help="py:module:factory; texts: the folder of the model before.")],
+    forget: Annotated[str, typer.Option()], weights: Annotated[str, typer.Option(help="Weights before.")] = "", train: Annotated[str, typer.Option()] = "",
     patch: Annotated[str, typer.Option(help="Patch to audit.")] = "", after: Annotated[str, typer.Option(help="Or: weights after.")] = "", test: str = "",
-    validation: str = "", task: str = "classification", reference: Annotated[list[str] | None, typer.Option()] = None, out: str = "", key_file: Key = "",
+    validation: str = "", task: TaskName = "classification",
+    reference: Annotated[list[str] | None, typer.Option()] = None, retain: Retain = "", anchor: Anchor = "", general: General = "",
+    template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0, out: str = "", key_file: Key = "",
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')] = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
@@ -182,7 +247,7 @@ def audit(
 
     Prints the verdict, then the sections of named checks, weakest first.
     """
-    from expunge import models, outcome
+    from expunge import checkpoints, models, outcome, texts
     from expunge.errors import SettingError
     from expunge.patch import Patch
     from expunge.recipe import prepare
@@ -190,16 +255,24 @@ def audit(
 
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
-    before, now = models.load(model, Path(weights)), models.load(model, Path(after or weights))
     found = Patch.load(patch, _key(key_file)) if patch else None
+    if task in TEXT:
+        files = {"forget": forget, "retain": retain, "test": test, "validation": validation, "anchor": anchor, "general": general}
+        before, _, chosen, split = texts.prepare(model, files, template=template, mask=mask, max_length=max_length)
+        now = checkpoints.load(after or model)[0]
+        references = [checkpoints.load(r)[0] for r in reference or []]
+    else:
+        _needs(weights, "--weights")
+        _needs(train, "--train")
+        before, now = models.load(model, Path(weights)), models.load(model, Path(after or weights))
+        chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
+        references = [models.load(model, Path(r)) for r in reference or []]
     if found is not None:
         found.apply(now)
-    chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [], []), inside=False)
     with bar(as_json) as progress:
         pool, forgotten = _pools(before, chosen, split, shadows, unlearn_shadows, training, pools, found, progress)
     meta = {} if found is None else found.meta
     attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
-    references = [models.load(model, Path(r)) for r in reference or []]
     verdict = outcome.audited(before, now, chosen, split, references=references, seed=seed, attempt=attempt, slow=not quick, pool=pool, forgotten=forgotten)
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title) if out else verdict.document(title), as_json)
@@ -285,13 +358,26 @@ def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str
 @app.command()
 def apply(
     patch: str,
-    model: ModelSpec,
-    weights: Weights,
-    out: Annotated[str, typer.Option(help="Where the new weights go.")],
+    model: Annotated[str, typer.Option(help="py:module:factory; texts: a folder that save_pretrained wrote.")],
+    weights: Weights = "",
+    out: Annotated[str, typer.Option(help="Where the new weights go; texts: a folder.")] = "out",
+    form: Annotated[str, typer.Option(help="Texts: merged, peft or auto.")] = "auto",
     key_file: Key = "",
     as_json: Json = False,
 ) -> None:
-    """Write the weights with the patch applied, and OUT's inverse patch beside it (NAME.undo.safetensors), which restores every bit."""
+    """Write the weights with the patch applied, and OUT's inverse patch beside it (NAME.undo.safetensors), which restores every bit.
+
+    For a model folder: write a merged folder or a PEFT adapter folder, which load without expunge.
+    """
+    if Path(model).is_dir():
+        from expunge import checkpoints
+        from expunge.patch import Patch
+
+        net, tokenizer = checkpoints.load(model)
+        written = checkpoints.release(net, tokenizer, Patch.load(patch, _key(key_file)), out, form=form, base=model)
+        print(json.dumps({"written": [str(written)]}) if as_json else f"wrote {written}")
+        return
+    _needs(weights, "--weights")
     _apply(patch, model, weights, out, key_file, as_json, undo=True)
 
 

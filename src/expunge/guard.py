@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from expunge.errors import Diverged
 from expunge.journal import Journal
-from expunge.types import Batch, Examples, Out, Split, Task
+from expunge.types import HELD, Batch, Out, Split, Task
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Meter:
 def metered(task: Task, split: Split, meter: Meter) -> Task:
     """The same task, counting into `meter`; nothing else about it changes."""
     names = {id(part): name for name, part in split.parts().items()}
-    gone = split.forget.ids if isinstance(split.forget, Examples) else None
+    gone = split.forget.ids if isinstance(split.forget, HELD) else None
 
     def watch(value: Tensor, examples: int) -> None:
         if value.requires_grad:
@@ -71,7 +71,7 @@ def metered(task: Task, split: Split, meter: Meter) -> Task:
     def collate(data, index, generator) -> Batch:
         name = names.get(id(data), "other")
         meter.seen[name] = meter.seen.get(name, 0) + len(index)
-        if name == "other" and gone is not None and isinstance(data, Examples):
+        if name == "other" and gone is not None and isinstance(data, HELD):
             meter.seen["forget"] = meter.seen.get("forget", 0) + int(torch.isin(data.ids[index], gone).sum())
         return task.collate(data, index, generator)
 
@@ -116,6 +116,8 @@ class Guard:
     progress: Callable[[str, int, int], None] | None = None
     journal: Journal | None = None
 
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Reference values by digest (`remember.recall`); share one between guards and their runs share the values."""
     meter: Meter = field(default_factory=Meter)
     label: str = ""
     scores: list[float] = field(default_factory=list)

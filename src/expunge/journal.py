@@ -74,7 +74,7 @@ class Journal:
     def clear(self) -> None:
         """The run is finished and its patch is safe: its checkpoints, which hold the forgotten knowledge, go."""
         for path in self.folder.glob("*.safetensors"):
-            if re.fullmatch(r"(phase|step)-[\d-]+\.safetensors", path.name):
+            if re.fullmatch(r"((phase|step)-[\d-]+|reference-[0-9a-f]{32})\.safetensors", path.name):
                 path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

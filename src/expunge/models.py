@@ -41,7 +41,7 @@ def load(spec: str, weights: Path | str | None = None, folder: Path | None = Non
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned {type(model).__name__}, not a torch module")
     if weights is not None:
-        model.load_state_dict(read_state(Path(weights), model))
+        model.load_state_dict(read_state(Path(weights), model), strict=False)
     return model.eval()
 
 
@@ -60,7 +60,7 @@ def read_state(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path.name} is no safetensors file, or is damaged ({error})") from None
-    mine = model.state_dict()
+    mine = distinct(model)
     for what, names in (("lacks", mine.keys() - state.keys()), ("has unknown", state.keys() - mine.keys())):
         if names:
             raise ModelError(f"{path.name} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
@@ -76,7 +76,19 @@ def save_state(model: nn.Module, path: Path | str) -> Path:
     """Write the state dict as safetensors, whole or not at all."""
     from safetensors.torch import save
 
-    return write(path, save({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}))
+    return write(path, save(distinct(model)))
+
+
+def distinct(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without the second name of a tensor that has two, as tied embeddings do."""
+    found: dict[str, torch.Tensor] = {}
+    known: set[tuple[int, torch.Size]] = set()
+    for name, t in model.state_dict().items():
+        if t.numel() and (t.data_ptr(), t.shape) in known:
+            continue
+        known.add((t.data_ptr(), t.shape))
+        found[name] = t.detach().cpu().contiguous()
+    return found
 
 
 def inside(path: str, folder: Path) -> Path:

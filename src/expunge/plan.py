@@ -19,10 +19,16 @@ from expunge.guard import Guard
 from expunge.outcome import Try, Verdict, baselines, examined, patched, remarks
 from expunge.registry import METHODS
 from expunge.run import preflight, unlearn
-from expunge.types import Split, Task
+from expunge.types import Split, Task, Texts
 
 SCALES = (1.0, 3.0, 0.3)
 """Multiples of a method's default strength that the autopilot tries, best on validation first audited."""
+
+TEXT_SCALES = (100.0, 10.0, 1.0)
+"""The same for language models: a step size that suits seven billion weights is a hundred times too small for one million."""
+
+MOST = 64
+"""Most retain records that a validation score of texts reads."""
 
 STRENGTHS = ("lr", "scale", "alpha")
 """Settings that set how hard a method pushes, in order of preference: the autopilot scales the first that a method has."""
@@ -57,37 +63,52 @@ def plan(task: Task, split: Split, *, retrain_passes: float | None = None) -> li
 
 
 def closeness(model: nn.Module, task: Task, split: Split):
-    """A validation score for tuning and stopping, larger is better, 0 at best: reads forget and validation only, never test.
+    """A validation score for tuning and stopping, larger is better, 0 at best: reads forget, validation and, for texts, retain, never test.
 
     Records: -(2 |AUC(forget loss against validation loss of the same classes) - 1/2|); removed class: -(accuracy on forget). In both, minus
-    twice the accuracy lost on validation (regression: the relative rise of its loss).
+    twice the accuracy lost on validation (regression: the relative rise of its loss; texts: the share lost of the probability per token, on
+    validation or on MOST records of retain, whichever lost more).
     """
     if split.validation is None:
         return None
     probe = Probe(model, model, task, split)
     removed = torch.tensor(probe.removed())
-    start = score(model, task, split.validation)
+    texts = isinstance(split.forget, Texts)
+    some = split.retain.take(spread(len(split.retain), MOST)) if texts and split.retain is not None else None
+    start, known = score(model, task, split.validation), some and score(model, task, some)
 
     def utility(s) -> float:
+        if texts:
+            return float((-s.nll).exp().mean())
         if s.labels is None:
             return -float(s.nll.mean()) / max(float(start.nll.mean()), 1e-12)
         keep = ~torch.isin(s.labels, removed)
         return float(s.correct[keep].float().mean()) if bool(keep.any()) else 0.0
 
-    before = utility(start)
-
     def validate(now: nn.Module) -> float:
         forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
         remains = float(forget.correct.float().mean()) if len(removed) else 2 * abs(auc(unseen.nll, forget.nll)[0] - 0.5)
-        return -remains - 2 * max(0.0, before - utility(unseen))
+        if texts:
+            pairs = [(start, unseen)] + ([] if some is None else [(known, score(now, task, some))])
+            return -remains - 2 * max(0.0, *(1 - utility(after) / max(utility(before), 1e-12) for before, after in pairs))
+        return -remains - 2 * max(0.0, utility(start) - utility(unseen))
 
     return validate
+
+
+def spread(n: int, most: int) -> list[int]:
+    """At most `most` of n positions, evenly apart.
+
+    >>> spread(10, 4), spread(2, 4)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    return list(range(n)) if n <= most else [k * n // most for k in range(most)]
 
 
 def forget(
     model: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
-    retrain_passes: float | None = None, scales: Sequence[float] = SCALES, stop: bool = True, slow: bool = True,
+    retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
@@ -95,7 +116,8 @@ def forget(
     references      models retrained without the forget set, at least three for the self-test of KLOM
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user; such a method is run once, as given
-    scales          multiples of the method's strength to try on validation; (1.0,) runs defaults only. Without validation there is no tuning
+    scales          multiples of the method's strength to try on validation; SCALES (TEXT_SCALES for texts) when none are given, (1.0,) runs defaults
+                    only. Without validation there is no tuning
     checks          only these checks and those that the rules read; the default is all that apply
     slow            False leaves out checks and baselines that train, but for those the gate reads
     pool            shadow models (`audits.pool.shadows`), without which per-example attacks are left out
@@ -115,14 +137,15 @@ def forget(
         m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))
     ]
     nothing = blind(trials)
-    validate, tries, best = closeness(model, task, split), [], None
+    validate, tries, best, kept = closeness(model, task, split), [], None, {}
+    scales = scales or (TEXT_SCALES if isinstance(split.forget, Texts) else SCALES)
     for number, name in enumerate(wanted):
         fixed = dict((settings or {}).get(name, {}))
         ladder = [{}] if fixed or validate is None else list(_ladder(METHODS[name].defaults, scales))
         runs = []
         for rung, change in enumerate(ladder):
             where = None if folder is None else Path(folder) / f"{name}-{rung}"
-            watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=f"{name} ({number + 1}/{len(wanted)})")
+            watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=f"{name} ({number + 1}/{len(wanted)})", kept=kept)
             attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**fixed, **change})
             graded = validate(patched(model, attempt)) if validate and attempt.outcome == "ok" else None
             runs.append(Try(attempt, score=graded))

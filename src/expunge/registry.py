@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -50,14 +51,33 @@ class Method:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Settings and their defaults, in the order of the signature; `seed` is not one of them."""
-        found = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
+        """Settings and their defaults, in the order of the signature; `seed` is not one of them. A record of settings (a dataclass that several
+        methods share) counts as its fields."""
+        return {name: value for default in self._groups().values() for name, value in default.items()}
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Keyword -> the settings it stands for: itself, or the fields of a record."""
+        found = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "seed"]
+        return {p.name: {f.name: getattr(p.default, f.name) for f in fields(p.default)} if is_dataclass(p.default) else {p.name: p.default} for p in found}
+
+    def _arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Flat settings as the function's keywords."""
+        found = inspect.signature(self.function).parameters
+        return {
+            name: replace(found[name].default, **{n: settings[n] for n in group}) if is_dataclass(found[name].default) else settings[name]
+            for name, group in self._groups().items()
+        }
 
     @property
     def manual(self) -> str:
-        """The module's docstring: the manual page."""
-        return inspect.cleandoc(inspect.getmodule(self.function).__doc__ or "")
+        """The module's docstring: the manual page; a shared record of settings adds its own lines to the section Settings."""
+        text = inspect.cleandoc(inspect.getmodule(self.function).__doc__ or "")
+        for p in inspect.signature(self.function).parameters.values():
+            if p.kind is p.KEYWORD_ONLY and is_dataclass(p.default):
+                head, _, tail = text.partition("\nDiffers")
+                shared = inspect.cleandoc(type(p.default).__doc__ or "").partition("\n\n")[2]
+                text = f"{head.rstrip()}\n{'' if 'Settings' in head else 'Settings' + chr(10)}{textwrap.indent(shared, '    ')}\nDiffers{tail}"
+        return text
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults overlaid with `given`, text turned into the default's type. Raises SettingError."""
@@ -93,7 +113,7 @@ class Method:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            patch = self.function(model, guard.metered(task, split, watch.meter), split, seed=seed, **settings)
+            patch = self.function(model, guard.metered(task, split, watch.meter), split, seed=seed, **self._arguments(settings))
         meta = {"method": self.name, "settings": settings, "seed": seed, "assurance": self.assurance, "version": __version__, "asked": split.asked}
         return patch.stamped(model, **meta)
 

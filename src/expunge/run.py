@@ -22,9 +22,9 @@ from torch import nn
 from expunge.errors import Diverged, ExpungeError, ScopeError, SplitError
 from expunge.guard import Guard, Meter, quiet, watching
 from expunge.journal import Journal
-from expunge.patch import Patch, raw
+from expunge.patch import Hook, Patch, raw
 from expunge.registry import METHODS, Method
-from expunge.types import Examples, Split, Task
+from expunge.types import HELD, Examples, Split, Task, Texts
 
 OUTCOMES = ("ok", "no_op", "diverged", "refused")
 
@@ -65,7 +65,7 @@ def unlearn(
     watch = guard or Guard()
     watch.label, watch.progress = watch.label or method, watch.progress or progress
     if folder is not None:
-        identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if isinstance(p, Examples)}]
+        identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if isinstance(p, HELD)}]
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         watch.journal = Journal(Path(folder), name, checkpoint_every)
     start = time.perf_counter()
@@ -85,13 +85,23 @@ def unlearn(
 
 def _judge(record: Method, model: nn.Module, patch: Patch, watch: Guard) -> tuple[str, str]:
     named, meter = dict(model.named_parameters()), watch.meter
-    if not any(edit.name in named for edit in patch.edits):
-        return "no_op", "weights are bit-identical: nothing was unlearned (is lr 0, or the step lost in rounding?)"
     if meter.steps and not meter.gradient:
-        return "no_op", "no gradient reached the scope in any step"
+        return "no_op", f"no gradient reached the scope in any step{_cut(model)}"
+    if not any(isinstance(edit, Hook) or edit.name in named for edit in patch.edits):
+        return "no_op", "weights are bit-identical: nothing was unlearned (is lr 0, or the step lost in rounding?)"
     if "forget" in record.needs and not meter.seen.get("forget"):
         return "no_op", "no forget batch was seen"
     return "ok", watch.stopped
+
+
+def _cut(model: nn.Module) -> str:
+    """Why no gradient arrived, where the model shows it."""
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return (
+            ": the model has gradient checkpointing on in the form that needs a gradient at its inputs; call model.gradient_checkpointing_disable() "
+            "and set checkpointing=true, or call model.enable_input_require_grads()"
+        )
+    return ""
 
 
 def preflight(model: nn.Module, task: Task, split: Split) -> None:
@@ -105,6 +115,21 @@ def preflight(model: nn.Module, task: Task, split: Split) -> None:
                 raise SplitError(f"{name} holds inputs that are not finite")
         if task.name == "classification":
             _check_labels(model, task, split)
+        if task.name == "causal_lm":
+            _check_texts(model, split)
+
+
+def _check_texts(model: nn.Module, split: Split) -> None:
+    config = getattr(model, "config", None)
+    known, context = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    for name, part in split.parts().items():
+        if not isinstance(part, Texts):
+            raise SplitError(f"{name} must be Texts (see data.text), not {type(part).__name__}")
+        top, longest = max(int(t.max()) for t in part.tokens), max(len(t) for t in part.tokens)
+        if known is not None and top >= known:
+            raise SplitError(f"{name} holds token {top}; the model knows {known}: is this its tokenizer?")
+        if context is not None and longest > context:
+            raise SplitError(f"{name} holds a text of {longest} tokens; the model's context is {context}: lower max_length")
 
 
 def _check_labels(model: nn.Module, task: Task, split: Split) -> None:

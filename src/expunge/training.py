@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from expunge.errors import ModelError
 from expunge.guard import quiet
 from expunge.session import scratch
-from expunge.types import Task
+from expunge.types import Task, device_of, float_of
 from expunge.updates.descend import descend
 
 
@@ -19,8 +19,14 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     """A copy with newly drawn weights and reset buffers, from `seed` alone; the global RNG is left as it was.
 
     Every module that owns parameters or buffers must have `reset_parameters`, as all of PyTorch's layers do; otherwise ModelError. An
-    initialisation that the model's own constructor added on top (kaiming, say) is not repeated.
+    initialisation that the model's own constructor added on top (kaiming, say) is not repeated. A model of transformers is made anew from its
+    configuration.
     """
+    if hasattr(model, "config") and hasattr(model, "post_init"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made: nn.Module = type(model)(copy.deepcopy(model.config))  # pyright: ignore
+        return made.to(device_of(model), float_of(model)).train(model.training)
     twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -44,6 +50,13 @@ def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int,
     losses = descend(session, lambda b: task.forward(model, b).mean.mean(), task.batches(data, batch_size, epochs=epochs, seed=seed), **options)
     model.eval()
     return losses
+
+
+def pace(task: Task, model: nn.Module) -> dict[str, Any]:
+    """How attackers train: SGD with momentum 0.9 and lr 0.01; language models AdamW with lr 0.1 / (features of a token), 1e-3 for a width of 100."""
+    if task.name != "causal_lm":
+        return {"lr": 0.01, "momentum": 0.9, "clip": 10.0}
+    return {"lr": 0.1 / int(getattr(model.config, "hidden_size", 100)), "optimizer": "adamw", "clip": 1.0}  # pyright: ignore
 
 
 def features(model: nn.Module, task: Task, data, layer: str = "", size: int = 256) -> Tensor:

@@ -6,6 +6,7 @@ Letters used in shapes: B examples of a batch, N examples of a data set, C class
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -69,6 +70,61 @@ class Examples:
         return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
 
 
+@dataclass(frozen=True, repr=False)
+class Texts:
+    """Token sequences of unequal length held in memory, with the records they were made of.
+
+    tokens    N int64 vectors (T_i,): prompt and answer, end-of-turn token included
+    targets   N bool vectors (T_i,): True where the token is trained and scored; the first token of a sequence never can be
+    ids       (N,) that name each record for good
+    rows      N raw records: question and answer, or text, and whatever else the file holds
+    format    how records became tokens (`data.text.Format`), so that other answers can be put in
+    """
+
+    tokens: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    ids: Tensor
+    rows: tuple[Mapping[str, Any], ...]
+    format: Any = None
+    augment: None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.targets) == len(self.ids) == len(self.rows):
+            raise SplitError(
+                f"tokens, targets, ids and rows must be equally long; found {len(self.tokens)}, {len(self.targets)}, {len(self.ids)}, {len(self.rows)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.tokens[i], self.targets[i]
+
+    def __repr__(self) -> str:
+        return f"Texts({len(self):,} of {sum(len(t) for t in self.tokens):,} tokens, {sum(int(t.sum()) for t in self.targets):,} of them targets)"
+
+    def take(self, index: Tensor | Sequence[int]) -> Texts:
+        """The rows at `index`, in that order."""
+        rows = torch.as_tensor(index, dtype=torch.long).tolist()
+        pick = lambda values: tuple(values[k] for k in rows)  # noqa: E731
+        return replace(self, tokens=pick(self.tokens), targets=pick(self.targets), rows=pick(self.rows), ids=self.ids[torch.tensor(rows, dtype=torch.long)])
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """One digest per row over tokens and targets: equal rows have equal keys."""
+        pairs = zip(self.tokens, self.targets, strict=True)
+        return [hashlib.blake2b(a.cpu().numpy().tobytes() + b.cpu().numpy().tobytes(), digest_size=12).digest() for a, b in pairs]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all rows in order: names the data in patches, caches and reports."""
+        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+HELD = (Examples, Texts)
+"""Data held in memory, whose rows have keys and ids."""
+
+
 @dataclass(frozen=True)
 class Split:
     """What must go and what must stay. Only `forget` must exist.
@@ -76,6 +132,7 @@ class Split:
     test         never trained on: utility, and the source of non-members
     validation   never trained on and apart from test: all tuning and stopping reads this part only
     anchor       what to say instead (neutral concept, refusals, out-of-distribution inputs)
+    general      what the model knows besides, read as utility by audits alone: no method looks at it
     asked        the request in the words of the selector, as `class:3` or `ids:17,42`
     """
 
@@ -84,6 +141,7 @@ class Split:
     test: Data = None
     validation: Data = None
     anchor: Data = None
+    general: Data = None
     asked: str = ""
 
     def parts(self) -> dict[str, Sequence]:
@@ -110,7 +168,7 @@ class Split:
         for name, part in have.items():
             if len(part) == 0:
                 raise SplitError(_empty(name))
-        keys = {name: set(part.keys) for name, part in have.items() if isinstance(part, Examples) and name != "anchor"}
+        keys = {name: set(part.keys) for name, part in have.items() if isinstance(part, HELD) and name != "anchor"}
         for a, b in (("forget", "retain"), ("forget", "test"), ("forget", "validation"), ("retain", "test"), ("retain", "validation"), ("test", "validation")):
             if a in keys and b in keys and (shared := keys[a] & keys[b]):
                 raise SplitError(f"{len(shared)} record(s) of {a} also stand in {b} (a leak); remove them from one of the two")
@@ -136,6 +194,8 @@ class Out:
     """(B, C) or (B, T, V) tensor, already aligned with labels; None where a task has none."""
     labels: Any = None
     """(B,) or (B, T) tensor, IGNORE where a unit does not count."""
+    units: Any = None
+    """(B, T) loss of each unit, 0 where it does not count; None where an example is one unit."""
     pred: Tensor | None = None
     """(B, ...) value, noise estimate or image."""
     target: Tensor | None = None
@@ -151,7 +211,8 @@ class Batches(Sequence[Batch]):
 
     So a loop can be resumed at any step, and can be read twice. An epoch is a permutation drawn from (seed, epoch); with
     `seed=None` the order is that of the data. Sizes within an epoch differ by at most one (129 examples at size 128 are 65 + 64, never
-    128 + 1). `epochs` may be a fraction. Augmentation draws from (seed, k).
+    128 + 1). `epochs` may be a fraction. Augmentation draws from (seed, k). Texts that are drawn by seed are brought together by length,
+    WINDOW batches at a time, so that little of a batch is padding.
     """
 
     def __init__(self, collate: Callable, data: Sequence, size: int, epochs: float = 1, seed: int | None = None) -> None:
@@ -162,7 +223,7 @@ class Batches(Sequence[Batch]):
         self.collate, self.data, self.epochs, self.seed = collate, data, epochs, seed
         self.per_epoch = -(-len(data) // size)
         self.steps = max(1, round(self.per_epoch * epochs))
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._order: tuple[int, list[Tensor]] = (-1, [])
 
     def __len__(self) -> int:
         return self.steps
@@ -171,17 +232,39 @@ class Batches(Sequence[Batch]):
         if not 0 <= k < self.steps:
             raise IndexError(k)
         epoch, j = divmod(k, self.per_epoch)
-        n, m = len(self.data), self.per_epoch
-        index = self._permutation(epoch)[j * n // m : (j + 1) * n // m]
         generator = None if self.seed is None else torch.Generator().manual_seed(_mix(self.seed, 2 * k + 1))
-        return self.collate(self.data, index, generator)
+        return self.collate(self.data, self._epoch(epoch)[j], generator)
 
-    def _permutation(self, epoch: int) -> Tensor:
+    def positions(self) -> Tensor:
+        """Positions of all examples that these batches hold, sorted, each once."""
+        return torch.cat([self._epoch(k // self.per_epoch)[k % self.per_epoch] for k in range(self.steps)]).unique()
+
+    def _epoch(self, epoch: int) -> list[Tensor]:
+        """Positions of every batch of an epoch."""
         if self._order[0] != epoch:
-            n = len(self.data)
+            n, m = len(self.data), self.per_epoch
             generator = torch.Generator().manual_seed(_mix(self.seed or 0, 2 * epoch))
-            self._order = (epoch, torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator))
+            order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
+            if self.seed is not None and isinstance(self.data, Texts):
+                order = _together(order, [j * n // m for j in range(m + 1)], torch.tensor([len(t) for t in self.data.tokens]), generator)
+            self._order = (epoch, [order[j * n // m : (j + 1) * n // m] for j in range(m)])
         return self._order[1]
+
+
+WINDOW = 8
+"""Batches among which texts are sorted by length."""
+
+
+def _together(order: Tensor, cuts: list[int], lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """`order` with texts of like length side by side: sorted inside windows of WINDOW batches, whose batches then stand in random order."""
+    out = []
+    for w in range(0, len(cuts) - 1, WINDOW):
+        ends = [c - cuts[w] for c in cuts[w : w + WINDOW + 1]]
+        rows = order[cuts[w] : cuts[w] + ends[-1]]
+        rows = rows[lengths[rows].argsort(stable=True)]
+        batches = [rows[a:b] for a, b in itertools.pairwise(ends)]
+        out += [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
+    return torch.cat(out)
 
 
 def drawn(n: int, size: int, steps: int) -> int:
@@ -266,9 +349,12 @@ def _meet(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else a & b
 
 
-def concat(*parts: Examples) -> Examples:
+def concat(*parts: Any) -> Any:
     """All rows of the parts, one after another."""
     first = parts[0]
+    if isinstance(first, Texts):
+        joined = {n: sum((getattr(p, n) for p in parts), ()) for n in ("tokens", "targets", "rows")}
+        return replace(first, **joined, ids=torch.cat([p.ids for p in parts]))
     return replace(first, x=torch.cat([p.x for p in parts]), y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expunge import guard
 from expunge.errors import GateError
 from expunge.registry import CHECKS
-from expunge.types import Examples, Out, Split, Task, absent
+from expunge.types import Examples, Out, Split, Task, Texts, absent
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Scores:
     nll: Tensor
     """(N,) training loss per unit."""
     logits: Any
-    """(N, C) for classifiers."""
+    """(N, C) for classifiers; None for texts, whose tokens `audits.tokens` reads."""
     labels: Any
     """(N,)"""
     pred: Any
@@ -60,11 +60,14 @@ class Scores:
 
     @property
     def margin(self) -> Tensor:
-        """(N,) what KLOM compares. Classifiers: phi = log p_y - log sum_{j != y} p_j; regressors: the first prediction itself.
+        """(N,) what KLOM compares. Classifiers: phi = log p_y - log sum_{j != y} p_j; regressors: the first prediction itself; texts: log(p / (1 - p))
+        of the probability per target token.
 
         p = (.9, .1), y = 0: phi = 2.1972 (card audits-classification).
         """
-        return self.pred.reshape(len(self.pred), -1)[:, 0] if self.logits is None else margin(self.logits, self.labels)
+        if self.logits is not None:
+            return margin(self.logits, self.labels)
+        return torch.special.logit((-self.nll).exp(), eps=1e-6) if self.pred is None else self.pred.reshape(len(self.pred), -1)[:, 0]
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -130,9 +133,13 @@ class Probe:
 def score(model: nn.Module, task: Task, data: Sequence, size: int = 500) -> Scores:
     """One pass in eval mode without augmentation; neither the model nor its modes change."""
     outs: list[Out] = []
+    if isinstance(data, Texts):
+        size = min(size, 16)
     with guard.quiet(model):
         batches = task.batches(data, size)
-        outs = [task.forward(model, batches[k]) for k in range(len(batches))]
+        for k in range(len(batches)):
+            out = task.forward(model, batches[k])
+            outs.append(out if out.units is None else replace(out, logits=None, labels=None, units=None))
 
     def joined(name: str) -> Tensor | None:
         values = [getattr(o, name) for o in outs]

@@ -42,7 +42,7 @@ def klom_floor(references: Tensor) -> Tensor:
     return torch.stack([klom_distance(references[i], references[[j for j in range(k) if j != i]]) for i in range(k)]).mean(0)
 
 
-@check(tasks=("classification", "regression"), needs=("forget",), reference=True)
+@check(tasks=("classification", "regression", "causal_lm"), needs=("forget",), reference=True)
 def klom(p: Probe) -> list[Row]:
     """klom.<part>, klom_before.<part>, klom_floor.<part>, klom_ratio.<part> (candidate / floor), and gap_closed.klom on forget.
 

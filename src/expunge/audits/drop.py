@@ -2,7 +2,7 @@
 
 drop.<part> = mean over examples of (reference is right - candidate is right), the reference being the mean over retrained models, or
 the model before where there are none. Removed classes are left out. For regression: mean of (candidate's absolute error - reference's),
-in units of the reference's mean absolute error.
+in units of the reference's mean absolute error. For texts: the probability per target token that was lost.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ Z = 1.6448536269514722
 """One-sided 95 % quantile of the normal distribution."""
 
 
-@check(tasks=("classification", "regression"), needs=("retain", "test"))
+@check(tasks=("classification", "regression", "causal_lm"), needs=("retain",))
 def drop(p: Probe) -> list[Row]:
-    """Rows drop.retain and drop.test; positive means worse than the reference. drop.worst: the kept class that lost most on test."""
+    """Rows drop.retain, drop.test and drop.general, of the parts that are there; positive means worse than the reference. drop.worst: the kept class
+    that lost most on test."""
     names = [f"reference{k}" for k in range(len(p.references))] or ["before"]
     note = f"against the mean of {len(p.references)} retrained models" if p.references else "against the model before"
     removed = torch.tensor(p.removed())
     rows = []
-    for part in ("retain", "test"):
+    for part in ("retain", "test", "general"):
+        if part not in p.split.parts():
+            continue
         after = p.scores("after", part)
         keep = torch.ones(len(after.nll), dtype=torch.bool) if after.labels is None else ~torch.isin(after.labels, removed)
         reference = torch.stack([badness(p.scores(name, part))[keep] for name in names]).mean(0)
         mine = badness(after)[keep]
-        scale = 1.0 if p.task.name == "classification" else float(reference.mean().clamp(min=1e-12))
+        scale = 1.0 if p.task.name != "regression" else float(reference.mean().clamp(min=1e-12))
         rows.append(paired(f"drop.{part}", (mine - reference) / scale, note))
         if part == "test" and after.labels is not None:
             labels = after.labels[keep]
@@ -39,9 +42,11 @@ def drop(p: Probe) -> list[Row]:
 
 
 def badness(s: Scores) -> Tensor:
-    """(N,) 1 where a classifier is wrong; a regressor's mean absolute error."""
+    """(N,) 1 where a classifier is wrong; a regressor's mean absolute error; for texts 1 - exp(-loss per token), the probability that a token lacks."""
     if s.logits is not None:
         return 1.0 - s.correct.float()
+    if s.pred is None:
+        return 1.0 - (-s.nll).exp()
     return (s.pred - s.target).abs().reshape(len(s.pred), -1).mean(1)
 
 

@@ -18,7 +18,9 @@ MOST = 1000
 
 
 def targets(s: Scores) -> Tensor:
-    """(N,) labels or (N, ...) real targets."""
+    """(N,) labels or (N, ...) real targets; for texts, which have neither, one label for all."""
+    if s.labels is None and s.target is None:
+        return torch.zeros(len(s.nll), dtype=torch.long)
     return s.labels if s.labels is not None else s.target
 
 
@@ -29,7 +31,7 @@ def sides(p: Probe, which: str) -> tuple[Scores, Scores, Tensor, str]:
     return forget, test, rows, note
 
 
-@check(tasks=("classification", "regression"), needs=("forget", "test"))
+@check(tasks=("classification", "regression", "causal_lm"), needs=("forget", "test"))
 def membership(p: Probe) -> list[Row]:
     """membership.loss_auc: P(forget loss < non-member loss); 0.5 when they look alike. membership.tpr: at 1 % false positives.
 

@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import Z
-from expunge.types import Examples
+from expunge.types import HELD
 
 ALPHA = 0.05
 ORDER = ("FAIL", "UNKNOWN", "PASS")
@@ -157,7 +157,7 @@ def _process(p: Probe, rows: Mapping[str, Row], facts: Mapping[str, bool | None]
         verdict = "UNKNOWN" if value is None else "PASS" if value else "FAIL"
         return Named(id_, statement, verdict, unknown if value is None else yes if value else no)
 
-    keys = {name: set(part.keys) for name, part in p.split.parts().items() if isinstance(part, Examples)}
+    keys = {name: set(part.keys) for name, part in p.split.parts().items() if isinstance(part, HELD)}
     apart = None if not {"test", "validation"} <= keys.keys() else not (keys["test"] & keys["validation"])
     return [
         fact("D1", "the request says what is meant to go", bool(p.split.asked), p.split.asked, "the split has no `asked`", ""),

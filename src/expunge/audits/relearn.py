@@ -19,9 +19,10 @@ from expunge.audits.membership import targets
 from expunge.audits.stats import bootstrap, matched
 from expunge.registry import check
 from expunge.session import scratch
+from expunge.training import pace
 from expunge.updates.descend import descend
 
-BUDGET, EVERY, LR, BATCH = 60, 2, 0.01, 64
+BUDGET, EVERY, BATCH = 60, 2, 64
 
 STEPS = (0, 2, 4, 8, 16, 32)
 """Where the relearning curve is read, in SGD steps."""
@@ -30,14 +31,14 @@ LEAST = 0.1
 """Smallest area of the model before that a share of it can be taken of."""
 
 
-@check(tasks=("classification", "regression"), needs=("forget",), slow=True)
+@check(tasks=("classification", "regression", "causal_lm"), needs=("forget",), slow=True)
 def relearn(p: Probe) -> list[Row]:
-    """relearn.steps: SGD steps on forget until its loss is within 5 % (or 0.05) of the original's; relearn.ain: divided by a retrained model's.
+    """relearn.steps: steps on forget until its loss is within 5 % (or 0.05) of the original's; relearn.ain: divided by a retrained model's.
 
     AIN is 1 for an ideal result and far below 1 where residue makes relearning fast. At most 60 steps, evaluated every 2, interpolated.
     """
     goal = max(1.05 * float(p.scores("before", "forget").nll.mean()), float(p.scores("before", "forget").nll.mean()) + 0.05)
-    note = f"SGD lr {LR}, batch {BATCH}, at most {BUDGET} steps, evaluated every {EVERY}"
+    note = f"batch {BATCH}, at most {BUDGET} steps, evaluated every {EVERY}"
     mine = steps(p, p.after, goal)
     rows = [Row("relearn.steps", mine, mine - EVERY, mine + EVERY, 1, note, indicative=True)]
     if p.references:
@@ -63,7 +64,7 @@ def steps(p: Probe, model: nn.Module, goal: float) -> float:
         for done in range(0, BUDGET, EVERY):
             s.eval()
             batches = p.task.batches(p.split.forget, BATCH, epochs=EVERY / max(1, -(-len(p.split.forget) // BATCH)), seed=p.seed + done)
-            taken = len(descend(s, lambda b: p.task.forward(twin, b).mean.mean(), batches, lr=LR, momentum=0.9, clip=10.0))
+            taken = len(descend(s, lambda b: p.task.forward(twin, b).mean.mean(), batches, **pace(p.task, twin)))
             after = float(score(twin, p.task, p.split.forget).nll.mean())
             if after <= goal:
                 return done + taken * (before - goal) / max(before - after, 1e-12)
@@ -71,12 +72,12 @@ def steps(p: Probe, model: nn.Module, goal: float) -> float:
     return float(BUDGET)
 
 
-@check(tasks=("classification",), needs=("forget", "test"), reference=True, slow=True)
+@check(tasks=("classification", "causal_lm"), needs=("forget", "test"), reference=True, slow=True)
 def relearning(p: Probe) -> list[Row]:
     """relearning.<steps>: excess of what is known of one half of the forget set after the other half was relearnt for that many steps.
 
     relearning.area: its mean over the curve. gap_closed.relearning = 1 - area / area of the model before: 0 for doing nothing, 1 for retrained.
-    SGD with momentum 0.9, lr 0.01, batch 32; each half is read while the other is shown, so a record that is read was never trained on and
+    Batch 32, step size and optimiser of `training.pace`; each half is read while the other is shown, so a record that is read was never trained on and
     what comes back was inside. Known: a removed class is answered, or a record's loss lies below those of unseen records of its label.
     """
     if len(p.split.forget) < 4:
@@ -114,7 +115,7 @@ def curve(p: Probe, model: nn.Module) -> Tensor:
                 if b > a:
                     s.eval()
                     batches = p.task.batches(data, 32, epochs=(b - a) / -(-len(data) // 32), seed=p.seed + a)
-                    descend(s, lambda batch, m=twin: p.task.forward(m, batch).mean.mean(), batches, lr=LR, momentum=0.9, clip=10.0)
+                    descend(s, lambda batch, m=twin: p.task.forward(m, batch).mean.mean(), batches, **pace(p.task, twin))
                 found[k, hidden] = known(p, twin, hidden)
     return found
 

@@ -19,6 +19,7 @@ from expunge.audits.membership import targets
 from expunge.audits.stats import auc, matched, wilson
 from expunge.registry import check
 from expunge.session import scratch
+from expunge.training import pace
 from expunge.updates.descend import descend
 
 PRUNED = 0.3
@@ -96,7 +97,7 @@ def excess(mine: tuple[float, float, int], rest: list[tuple[float, float, int]],
     return Row(name, value, value - width, value + width, mine[2], f"{note}; retrained models read {centre:.3g} after the same attack")
 
 
-@check(tasks=("classification",), needs=("forget", "test"), reference=True)
+@check(tasks=("classification", "causal_lm"), needs=("forget", "test"), reference=True)
 def restore(p: Probe) -> list[Row]:
     """restore.none, .int8, .int4, .prune, .average: excess of what is known of the forget set over retrained models, after each attack."""
     what = "accuracy on forget" if p.removed() else "AUC of forget losses"
@@ -111,9 +112,9 @@ def restore(p: Probe) -> list[Row]:
     return rows
 
 
-@check(tasks=("classification",), needs=("forget", "retain", "test"), reference=True, slow=True)
+@check(tasks=("classification", "causal_lm"), needs=("forget", "retain", "test"), reference=True, slow=True)
 def benign(p: Probe) -> list[Row]:
-    """restore.retain: excess of what is known of the forget set after 32 SGD steps on retain alone, as a later user would fine-tune."""
+    """restore.retain: excess of what is known of the forget set after 32 steps on retain alone, as a later user would fine-tune."""
 
     def read(model: nn.Module) -> tuple[float, float, int]:
         twin = copy.deepcopy(model).requires_grad_(True)
@@ -121,7 +122,7 @@ def benign(p: Probe) -> list[Row]:
         with guard.watching(guard.Guard()):
             s.eval()
             batches = p.task.batches(data, 32, epochs=32 / -(-len(data) // 32), seed=p.seed)
-            descend(s, lambda batch: p.task.forward(twin, batch).mean.mean(), batches, lr=0.01, momentum=0.9, clip=10.0)
+            descend(s, lambda batch: p.task.forward(twin, batch).mean.mean(), batches, **pace(p.task, twin))
         return recalled(p, twin)
 
     mine, *rest = (p.once(("benign", p.seed), model, lambda m=model: read(m)) for model in (p.after, *p.references[:3]))

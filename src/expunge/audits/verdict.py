@@ -36,6 +36,8 @@ def default_rules(p: Probe) -> dict[str, str]:
     Chosen from the power tables (docs/how-to-read-the-evidence.md). KLOM refuses answers that are unlike a retrained model's, in either
     direction; relearning refuses a suppression whose answers look right: both are needed for a class, KLOM alone for records.
     """
+    if p.task.name == "causal_lm":
+        return _texts(p)
     if p.task.name == "regression":
         goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
         return {**goes, "drop.test": "<= 0.15"}
@@ -46,6 +48,16 @@ def default_rules(p: Probe) -> dict[str, str]:
         return {**answers, **inside, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
     goes = _records(p) if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
     return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+
+
+def _texts(p: Probe) -> dict[str, str]:
+    """With retrained models: forget quality at the 5 % level (D at most its critical value), in both directions. Without: membership against unseen
+    texts, or, without those, extraction strength. In both, at most 5 % of the probability of a kept token lost."""
+    parts = p.split.parts()
+    keep = {f"drop.{part}": "<= 0.05" for part in ("retain", "general") if part in parts}
+    if p.references:
+        return {"tofu.d_over_critical": "<= 1", **keep}
+    return {**({"membership.loss_auc": "0.3..0.7"} if "test" in parts else {"memorised.extraction_strength.forget": "<= 0.2"}), **keep}
 
 
 def _records(p: Probe) -> dict[str, str]:

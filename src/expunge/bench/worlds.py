@@ -4,6 +4,8 @@
     world("mnist")       10,000 + 2,000 images, small CNN: reads EXPUNGE_DATA/vision/mnist
     world("cifar10")     5,000 + 2,000 JPEG images, ResNet-20: reads EXPUNGE_DATA/vision/cifar10
     world("diabetes")    scikit-learn's regression data: always there
+    world("authors")     generated authors and a small Llama that knows them by heart: always there; "authors-moe" is its mixture-of-experts twin
+    world("tofu-tiny")   a slice of TOFU and a small Llama: reads EXPUNGE_DATA/llm/tofu; "tofu-moe" is its twin
     world("digits-wrong"), world("mnist-wrong")    the same with 5 % wrong labels, which is what must go: a model knows them by heart alone
 
 A split is drawn once per scenario, from a fixed seed, and is the same for every model seed: forget + retain are exactly the records the
@@ -17,8 +19,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge import nets, patch, training
+from expunge import models, nets, patch, training
 from expunge.errors import DataError, SettingError
 from expunge.tasks.classification import classification
 from expunge.tasks.regression import regression
-from expunge.types import Examples, Split, Task
+from expunge.types import Examples, Split, Task, concat
 
 RECIPE_VERSION = 1
 SCENARIOS = ("class", "random")
@@ -43,18 +45,22 @@ class World:
     name: str
     task: Task
     build: Callable[[], nn.Module]
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: Any
+    validation: Any
+    test: Any
     recipe: dict[str, Any]
     forget_class: int = 3
     wrong: torch.Tensor | None = None
     """(N,) bool: rows of train whose label is wrong."""
+    asked: Mapping[str, Split] = field(default_factory=dict)
+    """scenario -> split, for a world whose requests are given with its data."""
+    extra: Any = None
+    """What every model is trained on besides, but no method is given: the general knowledge of a language world."""
 
     @property
     def scenarios(self) -> tuple[str, ...]:
         """What can be asked for here."""
-        return SCENARIOS if self.wrong is None else ("wrong",)
+        return tuple(self.asked) or (SCENARIOS if self.wrong is None else ("wrong",))
 
     @property
     def digest(self) -> str:
@@ -68,6 +74,8 @@ class World:
         same for every seed."""
         if scenario not in self.scenarios:
             raise SettingError(f"scenario must be one of {', '.join(self.scenarios)}, not '{scenario}'")
+        if self.asked:
+            return self.asked[scenario]
         n = len(self.train)
         if scenario == "wrong":
             gone, asked = self.wrong, f"{int(self.wrong.sum())} records with wrong labels"
@@ -94,6 +102,8 @@ class World:
     def _model(self, data, label: str, seed: int, cache: Path | None, progress) -> nn.Module:
         from expunge import guard
 
+        data = data if self.extra is None else concat(data, self.extra)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.build()
@@ -101,14 +111,16 @@ class World:
             if path is not None and path.exists():
                 from safetensors.torch import load_file
 
-                model.load_state_dict(load_file(path))
+                missing = model.load_state_dict(load_file(path), strict=False).missing_keys
+                if set(missing) & set(models.distinct(model)):
+                    raise DataError(f"{path.name} in the cache lacks {missing[0]}; delete it")
                 return model.eval()
             with guard.watching(guard.Guard(progress=progress, label=f"{self.name} {label}")):
                 training.train(model, self.task, data, seed=seed, **self.recipe)
         if path is not None:
             from safetensors.torch import save
 
-            patch.write(path, save({n: t.contiguous() for n, t in model.state_dict().items()}))
+            patch.write(path, save(models.distinct(model)))
         return model.eval()
 
 
@@ -212,7 +224,14 @@ def with_wrong_labels(w: World, share: float = 0.05, seed: int = 5) -> World:
     return replace(w, name=f"{w.name}-wrong", train=replace(w.train, y=y), wrong=wrong)
 
 
+def _language(name: str) -> World:
+    from expunge.bench import language
+
+    return language.world(name)
+
+
 WORLDS: dict[str, Callable[[], World]] = {"digits": _digits, "diabetes": _diabetes, "mnist": _mnist, "cifar10": _cifar10}
+WORLDS |= {name: functools.partial(_language, name) for name in ("authors", "authors-moe", "tofu-tiny", "tofu-moe")}
 WORLDS |= {"digits-wrong": lambda: with_wrong_labels(_digits()), "mnist-wrong": lambda: with_wrong_labels(_mnist(10_000))}
 
 

@@ -44,14 +44,21 @@ def alternate(
     weight_decay: float = 0.0,
     clip: float = math.inf,
     schedule: str = "constant",
+    warmup: float = 0.0,
     decay: Callable[[int], float] | None = None,
     after: Callable[[int], None] | None = None,
+    until: Callable[[int], bool] | None = None,
 ) -> list[float]:
     """Run the phases one after another, one gradient step per batch, and return the loss of every step.
 
+    A batch that is a list holds the parts of one step: the loss is called on each part, and the step follows the gradient of their sum. Only one
+    part's graph is held at a time, so that many small parts make one large step.
+
     lr          step size; multiplied by SCHEDULES[schedule](share of steps done), and by decay(phase number) if given
+    warmup      share of all steps over which lr rises linearly from 0
     clip        largest gradient norm over the scope
     after       called as after(step) once a step is taken: proximal steps, projections
+    until       called as until(step) once a step is taken: True ends the loop there
 
     Gradients outside the scope are zero before clipping; a loss that is not finite raises Diverged before any step is taken. Under a
     guard with a journal, a killed run resumes at its last checkpoint with the same optimiser state and RNG.
@@ -72,13 +79,16 @@ def alternate(
             break
         number, loss, batches, k = plan[step]
         for group in stepper.param_groups:
-            group["lr"] = lr * SCHEDULES[schedule](step / len(plan)) * (decay(number) if decay else 1.0)
-        value = loss(batches[k])
-        losses.append(float(value.detach()))
-        watch.check_loss(losses[-1], step, lr)
+            group["lr"] = lr * SCHEDULES[schedule](step / len(plan)) * (decay(number) if decay else 1.0) * min(1.0, (step + 1) / max(1.0, warmup * len(plan)))
+        batch = batches[k]
         stepper.zero_grad(set_to_none=True)
-        if value.requires_grad:
-            value.backward()
+        losses.append(0.0)
+        for part in batch if isinstance(batch, list) else [batch]:
+            value = loss(part)
+            losses[-1] += float(value.detach())
+            watch.check_loss(losses[-1], step, lr)
+            if value.requires_grad:
+                value.backward()
         session.mask_gradients()
         if not watch.meter.gradient:
             watch.meter.gradient = any(p.grad is not None and bool(p.grad.any()) for p in params)
@@ -87,7 +97,7 @@ def alternate(
         stepper.step()
         if after:
             after(step)
-        stop = watch.tick(session, step + 1, len(plan))
+        stop = watch.tick(session, step + 1, len(plan)) or (until is not None and until(step))
         if journal:
             journal.step(session, stepper, losses, watch, step + 1)
         if stop:

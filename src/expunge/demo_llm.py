@@ -1,0 +1,65 @@
+"""`expunge demo-llm`: a small language model learns invented authors, forgets two of them, keeps the others, and a report proves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expunge import checkpoints, plan
+from expunge.bench.run import retrain_passes
+from expunge.bench.worlds import world
+from expunge.outcome import patched
+from expunge.patch import Patch
+from expunge.run import model_digest
+
+METHODS = ("simnpo", "grad_diff", "npo", "undial")
+"""What the autopilot may try here, cheapest first."""
+
+SHOWN = (0, 3, 7)
+"""Questions of each side that are put to the model before and after."""
+
+
+def demo(folder: Path | str = "expunge-demo-llm", *, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+    """Train, ask, forget, ask again, audit, release, load what was released, revert.
+
+    Writes report.html, report.json, patch.safetensors and released/ (a folder that transformers loads) to `folder`. Returns {"document", "talk", "released",
+    "same_answers", "reverted", "seconds"}: talk is a list of {"about", "question", "truth", "before", "after"}.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    here, w = Path(folder), world("authors")
+    split = w.split("forget10")
+    model = w.original(0, here / "models", progress)
+    references = [w.retrained("forget10", k, here / "models", progress) for k in range(3)]
+    verdict = plan.forget(model, w.task, split, references=references, methods=METHODS, retrain_passes=retrain_passes(w, "forget10"), progress=progress)
+    shown = verdict.chosen or next((t for t in reversed(verdict.tries) if t.attempt.patch is not None), None)
+    after = model if shown is None else patched(model, shown.attempt)
+    sides = {"forgotten": split.forget, "kept": split.retain}
+    talk, sample = [], w.task.sample
+    assert sample is not None
+    for about, data in sides.items():
+        rows = data.take([k for k in SHOWN if k < len(data)])
+        said = [sample(m, rows, new=24) for m in (model, after)]
+        talk += [
+            {"about": about, "question": row["question"], "truth": row["answer"], "before": a, "after": b}
+            for row, a, b in zip(rows.rows, *said, strict=True)
+        ]  # fmt: skip
+    document = verdict.document(f"Forget two authors: {split.asked}")
+    document["talk"] = talk
+    verdict.save(here, document=document)
+    result: dict[str, Any] = {"document": document, "talk": talk, "released": None, "same_answers": None, "reverted": None}
+    if verdict.chosen is not None:
+        tokenizer = split.forget.format.tokenizer
+        released = checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, here / "released", form="merged")
+        loaded, _ = checkpoints.load(released)
+        rows = split.forget.take(range(4))
+        result["released"] = str(released)
+        result["same_answers"] = sample(loaded, rows, new=24) == sample(after, rows, new=24)
+        before = model_digest(model)
+        Patch.load(here / "patch.safetensors").apply(model).apply(model)
+        result["reverted"] = model_digest(model) == before
+    return {**result, "seconds": time.perf_counter() - start}
