@@ -29,7 +29,7 @@ def quick(name: str) -> dict:
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_laws_1_2_3_4_5_6(name, task_name, tmp_path):
     """Model and RNG untouched; same seed, same patch; apply and inverse restore every bit; applying twice refused; disk round trip."""
-    model, task, split = small(task_name)
+    model, task, split = small(task_name, METHODS[name].twin == "moe")
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before, rng = state(model), torch.get_rng_state()
     patch = METHODS[name](model, task, split, seed=3, **quick(name))
@@ -60,7 +60,7 @@ def test_laws_1_2_3_4_5_6(name, task_name, tmp_path):
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_7_messages(name, task_name):
     """Unknown settings, wrong types and missing parts give the prescribed messages."""
-    model, task, split = small(task_name)
+    model, task, split = small(task_name, METHODS[name].twin == "moe")
     record = METHODS[name]
     first = next(iter(record.defaults))
     with pytest.raises(SettingError, match=f"{name} has no setting '{first}x'; did you mean '{first}'"):
@@ -76,7 +76,7 @@ def test_law_7_messages(name, task_name):
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_8_forgets_more_than_it_harms(name, task_name):
     """With its toy settings on the toy world: the forget loss rises by more than the retain loss."""
-    model, task, split = toy(task_name)
+    model, task, split = toy(task_name, METHODS[name].twin == "moe")
     attempt = unlearn(name, model, task, split, **METHODS[name].toy)
     assert attempt.outcome == "ok", attempt.reason
     twin = copied(model)
@@ -94,7 +94,7 @@ def test_law_8_forgets_more_than_it_harms(name, task_name):
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_9_smallest_sets(name, task_name):
     """A one-example forget set runs or says why not; an empty retain set is refused in one line."""
-    model, task, split = small(task_name)
+    model, task, split = small(task_name, METHODS[name].twin == "moe")
     one = replace(split, forget=split.forget.take([0]))
     attempt = unlearn(name, model, task, one, **quick(name))
     assert attempt.outcome in ("ok", "refused", "no_op"), attempt.reason
@@ -106,7 +106,7 @@ def test_law_9_smallest_sets(name, task_name):
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_10_float_types(name, task_name, dtype):
     """float64 and bfloat16 models run, and the patch keeps the type."""
-    model, task, split = small(task_name)
+    model, task, split = small(task_name, METHODS[name].twin == "moe")
     model = model.to(dtype)
     attempt = unlearn(name, model, task, split, **quick(name))
     assert attempt.outcome in ("ok", "no_op"), attempt.reason
@@ -133,7 +133,7 @@ def test_law_11_manual(name):
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_12_cost(name, task_name):
     """Examples forward and backward are what the method declares."""
-    model, task, split = small(task_name)
+    model, task, split = small(task_name, METHODS[name].twin == "moe")
     watch = Guard()
     attempt = unlearn(name, model, task, split, guard=watch, **quick(name))
     assert attempt.outcome == "ok", attempt.reason
@@ -149,7 +149,7 @@ def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
     """A run stopped at a checkpoint and called again gives the same patch, bit for bit; other epochs give another (the control)."""
     from expunge import journal
 
-    model, task, split = small(task_name)
+    model, task, split = small(task_name, METHODS[name].twin == "moe")
     whole = unlearn(name, model, task, split, seed=5, **quick(name))
     step = journal.Journal.step
     seen = []

@@ -165,7 +165,7 @@ class Guard:
 
     def settle(self, session) -> None:
         """At the end of a session: put back the best weights seen, if validation says that they beat the last ones."""
-        if self.validate is None:
+        if self.validate is None or not session.judged:
             return
         self.evaluate(session)
         score, kept = self.best or (-math.inf, {})

@@ -1,8 +1,8 @@
 """The patch: what an unlearning run leaves. New values, never differences; `apply` returns the exact inverse.
 
 File format (one safetensors file): tensors `{k}.values` with `{k}.bits` (one bit per place) or `{k}.index` (flat int64 places) where the
-edit is partial, `{k}.up` and `{k}.down` for low rank; the header's `expunge` entry is JSON with the edits, the meta data and a
-SHA-256 over all of it; with a key, an HMAC-SHA256 over that digest. Nothing in the file is ever executed.
+edit is partial, `{k}.up` and `{k}.down` for low rank, `{k}.hook.{name}` for a guard; the header's `expunge` entry is JSON with the edits, the meta
+data and a SHA-256 over all of it; with a key, an HMAC-SHA256 over that digest. Nothing in the file is ever executed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from expunge.errors import PatchError
 
 MAX_BYTES = 1 << 36
 """Largest patch file that is read: 64 GiB."""
+
+MAX_CONFIG = 1 << 20
+"""Largest configuration of one guard, as JSON: 1 MiB. What is larger belongs into its tensors."""
 
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -52,11 +55,57 @@ class LowRank:
     scale: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """An inference-time guard: a kind that `expunge.wraps` registers, under a name of its own, with tensors and JSON values, never code.
+
+    Weights stay as they are: a suppression, no deletion. The kind "none" takes the guard of that name off; it is what the inverse holds.
+    Raises PatchError for a configuration that is no JSON object, or too large, and for tensors that are none.
+    """
+
+    name: str
+    kind: str
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name and isinstance(self.kind, str) and self.kind):
+            raise PatchError(f"a guard needs a name and a kind, not {self.name!r} and {self.kind!r}")
+        if not (isinstance(self.tensors, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in self.tensors.items())):
+            raise PatchError(f"guard {self.name}: tensors must map names to tensors")
+        if not isinstance(self.config, Mapping) or not all(isinstance(n, str) for n in self.config):
+            raise PatchError(f"guard {self.name}: config must map names to JSON values")
+        try:
+            size = len(self.listed)
+        except (TypeError, ValueError) as error:
+            raise PatchError(f"guard {self.name}: config is no JSON ({error})") from None
+        if size > MAX_CONFIG:
+            raise PatchError(f"guard {self.name}: config is {size} bytes long, more than {MAX_CONFIG}")
+
+    @property
+    def listed(self) -> str:
+        """The configuration as JSON with sorted names: equal configurations give equal texts."""
+        return json.dumps(dict(self.config), sort_keys=True, allow_nan=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over kind, configuration and tensors: the policy that is in force."""
+        h = hashlib.sha256(f"{self.name}/{self.kind}/{self.listed}".encode())
+        for name in sorted(self.tensors):
+            t = self.tensors[name]
+            h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+            h.update(raw(t))
+        return h.hexdigest()
+
+
+Edit = Replace | LowRank | Hook
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Patch:
     """Edits and what is known about them. `meta` is JSON: base digest, method, settings, seed, version."""
 
-    edits: tuple[Replace | LowRank, ...]
+    edits: tuple[Edit, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -69,16 +118,20 @@ class Patch:
         """Edit the model in place and return the inverse patch: applying that restores every bit.
 
         Raises PatchError, with the model unchanged, if a name or shape does not fit, or if the touched places do not hold the values
-        the patch was made for (applied already, or another model); `force` skips only the last.
+        the patch was made for (applied already, or another model); `force` skips only the last. What a guard depends on is the whole model: all its
+        parameters and buffers, and whatever guard stands under the same name.
         """
         tensors = _named(model)
-        self._fit(tensors)
-        found, wanted = _digest(self.edits, tensors), self.meta.get("base")
+        self._fit(model, tensors)
+        found, wanted = _digest(self.edits, model), self.meta.get("base")
         if wanted and found != wanted and not force:
             raise PatchError(f"patch was made for base {wanted[:8]}, this model is {found[:8]}: applied already, or another model?")
         undo = []
         with torch.no_grad():
             for edit in self.edits:
+                if isinstance(edit, Hook):
+                    undo.append(_wraps().attach(model, edit))
+                    continue
                 t = tensors[edit.name]
                 if isinstance(edit, LowRank):
                     undo.append(Replace(edit.name, t.detach().clone()))
@@ -91,10 +144,16 @@ class Patch:
                     undo.append(Replace(edit.name, t.detach()[mask], edit.mask))
                     t[mask] = edit.values.to(t.device)
         inverse = tuple(reversed(undo))
-        return Patch(inverse, {"base": _digest(inverse, tensors), "inverse_of": self.meta.get("method", "")})
+        return Patch(inverse, {"base": _digest(inverse, model), "inverse_of": self.meta.get("method", "")})
 
-    def _fit(self, tensors: Mapping[str, Tensor]) -> None:
+    def _fit(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        names = [e.name for e in self.edits if isinstance(e, Hook)]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise PatchError(f"patch holds two guards called {min(twice)}")
         for edit in self.edits:
+            if isinstance(edit, Hook):
+                _wraps().fit(model, edit)
+                continue
             if edit.name not in tensors:
                 raise PatchError(f"patch edits {edit.name}, which this model does not have: another architecture?")
             t = tensors[edit.name]
@@ -109,21 +168,24 @@ class Patch:
 
     def __or__(self, other: Patch) -> Patch:
         """Both patches as one, if no place is shared; the result has no audit until it is audited again."""
-        mine = {e.name: e for e in self.edits}
-        clash = [e.name for e in other.edits if e.name in mine and _overlap(mine[e.name], e)]
+        mine = {(isinstance(e, Hook), e.name): e for e in self.edits}
+        clash = [e.name for e in other.edits if (key := (isinstance(e, Hook), e.name)) in mine and _overlap(mine[key], e)]
         if clash:
             raise PatchError(f"both patches edit the same places of {', '.join(clash)}; apply them one after another instead")
         return Patch(self.edits + other.edits, {"parts": [dict(self.meta), dict(other.meta)]})
 
     def stamped(self, model: nn.Module, **facts: Any) -> Patch:
         """The same edits with meta data added; `base` is the digest of what `model` holds at the touched places now."""
-        return replace(self, meta={**self.meta, **facts, "base": _digest(self.edits, _named(model))})
+        return replace(self, meta={**self.meta, **facts, "base": _digest(self.edits, model)})
 
     @property
     def digest(self) -> str:
         """SHA-256 over the edits alone: two patches with the same digest write the same bits to the same places."""
         h = hashlib.sha256()
         for edit in sorted(self.edits, key=lambda e: e.name):
+            if isinstance(edit, Hook):
+                h.update(edit.digest.encode())
+                continue
             for part in (edit.up, edit.down) if isinstance(edit, LowRank) else (edit.values, edit.mask):
                 if part is not None:
                     h.update(f"{edit.name}{part.dtype}{tuple(part.shape)}".encode())
@@ -132,8 +194,8 @@ class Patch:
 
     @property
     def places(self) -> int:
-        """How many single weights and buffer entries are written."""
-        return sum(e.up.shape[0] * e.down.shape[1] if isinstance(e, LowRank) else e.values.numel() for e in self.edits)
+        """How many single weights and buffer entries are written; of a guard, which writes none, how many numbers it holds."""
+        return sum(_places(e) for e in self.edits)
 
     def save(self, path: str | Path, key: bytes | None = None) -> Path:
         """Write one file, whole or not at all (temporary file, fsync, rename). Raises PatchError if it cannot be written."""
@@ -230,10 +292,31 @@ def raw(t: Tensor) -> bytes:
     return bits(t.detach().cpu().contiguous()).numpy().tobytes()
 
 
-def _digest(edits: tuple, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the values that stand at the places the edits touch."""
-    h = hashlib.sha256()
+def _wraps() -> Any:
+    """The kinds of guard, imported when a patch has one."""
+    import expunge.wraps
+
+    return expunge.wraps
+
+
+def _places(edit: Edit) -> int:
+    if isinstance(edit, Hook):
+        return sum(t.numel() for t in edit.tensors.values())
+    return edit.up.shape[0] * edit.down.shape[1] if isinstance(edit, LowRank) else edit.values.numel()
+
+
+def _digest(edits: tuple[Edit, ...], model: nn.Module) -> str:
+    """SHA-256 of the values that stand at the places the edits touch; for a guard, of all weights and of the guard that stands under its name."""
+    h, tensors = hashlib.sha256(), _named(model)
+    if any(isinstance(e, Hook) for e in edits):
+        for name in sorted(tensors):
+            h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+            h.update(raw(tensors[name]))
     for edit in sorted(edits, key=lambda e: e.name):
+        if isinstance(edit, Hook):
+            there = _wraps().guards(model).get(edit.name)
+            h.update(f"{edit.name}/{there.hook.digest if there else 'none'}".encode())
+            continue
         t = tensors[edit.name].detach()
         mask = None if isinstance(edit, LowRank) else edit.mask
         h.update(f"{edit.name}{t.dtype}{tuple(t.shape)}".encode())
@@ -241,8 +324,8 @@ def _digest(edits: tuple, tensors: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
-def _overlap(a: Replace | LowRank, b: Replace | LowRank) -> bool:
-    if isinstance(a, LowRank) or isinstance(b, LowRank) or a.mask is None or b.mask is None:
+def _overlap(a: Edit, b: Edit) -> bool:
+    if not (isinstance(a, Replace) and isinstance(b, Replace)) or a.mask is None or b.mask is None:
         return True
     return a.mask.shape != b.mask.shape or bool((a.mask & b.mask).any())
 
@@ -255,7 +338,10 @@ def file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
-def _pack(edit: Replace | LowRank, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if isinstance(edit, Hook):
+        tensors |= {f"{k}.hook.{n}": t.detach().contiguous().clone() for n, t in edit.tensors.items()}
+        return {"kind": "hook", "name": edit.name, "wrap": edit.kind, "tensors": sorted(edit.tensors), "config": dict(edit.config)}
     if isinstance(edit, LowRank):
         tensors[f"{k}.up"], tensors[f"{k}.down"] = edit.up.detach().contiguous(), edit.down.detach().contiguous()
         return {"kind": "lowrank", "name": edit.name, "scale": edit.scale}
@@ -273,8 +359,10 @@ def _pack(edit: Replace | LowRank, k: str, tensors: dict[str, Tensor]) -> dict[s
     return {**listed, "places": "bits"}
 
 
-def _unpack(listed: dict[str, Any], k: str, tensors: Mapping[str, Tensor]) -> Replace | LowRank:
+def _unpack(listed: dict[str, Any], k: str, tensors: Mapping[str, Tensor]) -> Edit:
     name = listed["name"]
+    if listed["kind"] == "hook":
+        return Hook(name, listed["wrap"], {n: tensors[f"{k}.hook.{n}"] for n in listed["tensors"]}, listed["config"])
     if listed["kind"] == "lowrank":
         return LowRank(name, tensors[f"{k}.up"], tensors[f"{k}.down"], float(listed["scale"]))
     values = tensors[f"{k}.values"]

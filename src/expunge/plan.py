@@ -66,8 +66,10 @@ def closeness(model: nn.Module, task: Task, split: Split):
     """A validation score for tuning and stopping, larger is better, 0 at best: reads forget, validation and, for texts, retain, never test.
 
     Records: -(2 |AUC(forget loss against validation loss of the same classes) - 1/2|); removed class: -(accuracy on forget). In both, minus
-    twice the accuracy lost on validation (regression: the relative rise of its loss; texts: the share lost of the probability per token, on
-    validation or on MOST records of retain, whichever lost more).
+    twice the accuracy lost on validation (regression: the relative rise of its loss).
+
+    Texts: -(|mean loss of validation - mean loss of forget|, as a share of what it was), since the AUC of texts known by heart stays 1 nearly to the
+    end; minus twice the share lost of the probability per token on MOST records of retain, or on validation where there is no retain.
     """
     if split.validation is None:
         return None
@@ -76,6 +78,7 @@ def closeness(model: nn.Module, task: Task, split: Split):
     texts = isinstance(split.forget, Texts)
     some = split.retain.take(spread(len(split.retain), MOST)) if texts and split.retain is not None else None
     start, known = score(model, task, split.validation), some and score(model, task, some)
+    apart = abs(float(start.nll.mean() - score(model, task, split.forget).nll.mean()))
 
     def utility(s) -> float:
         if texts:
@@ -89,8 +92,9 @@ def closeness(model: nn.Module, task: Task, split: Split):
         forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
         remains = float(forget.correct.float().mean()) if len(removed) else 2 * abs(auc(unseen.nll, forget.nll)[0] - 0.5)
         if texts:
-            pairs = [(start, unseen)] + ([] if some is None else [(known, score(now, task, some))])
-            return -remains - 2 * max(0.0, *(1 - utility(after) / max(utility(before), 1e-12) for before, after in pairs))
+            remains = abs(float(unseen.nll.mean() - forget.nll.mean())) / max(apart, 1e-12)
+            before, after = (start, unseen) if some is None else (known, score(now, task, some))
+            return -remains - 2 * max(0.0, 1 - utility(after) / max(utility(before), 1e-12))
         return -remains - 2 * max(0.0, utility(start) - utility(unseen))
 
     return validate
@@ -141,17 +145,13 @@ def forget(
     scales = scales or (TEXT_SCALES if isinstance(split.forget, Texts) else SCALES)
     for number, name in enumerate(wanted):
         fixed = dict((settings or {}).get(name, {}))
-        ladder = [{}] if fixed or validate is None else list(_ladder(METHODS[name].defaults, scales))
-        runs = []
-        for rung, change in enumerate(ladder):
-            where = None if folder is None else Path(folder) / f"{name}-{rung}"
-            watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=f"{name} ({number + 1}/{len(wanted)})", kept=kept)
-            attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**fixed, **change})
-            graded = validate(patched(model, attempt)) if validate and attempt.outcome == "ok" else None
-            runs.append(Try(attempt, score=graded))
+        runs = tuned(
+            name, model, task, split, validate, scales=scales, fixed=fixed, seed=seed, folder=folder, kept=kept, progress=progress,
+            label=f"{name} ({number + 1}/{len(wanted)})",
+        )  # fmt: skip
         good = [t for t in runs if t.attempt.outcome == "ok"]
         if good:
-            top = max(good, key=lambda t: t.score if t.score is not None else 0.0)
+            top = best_of(good)
             seen = examined(p, top.attempt, patched(model, top.attempt), trials, slow, checks)
             runs = [
                 replace(seen, score=t.score) if t is top else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
@@ -175,6 +175,28 @@ def forget(
     if nothing and stop and not methods:
         notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
     return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes)
+
+
+def tuned(
+    name: str, model: nn.Module, task: Task, split: Split, validate: Callable[[nn.Module], float] | None, *, scales: Sequence[float],
+    fixed: Mapping[str, Any] | None = None, seed: int = 0, folder: Path | str | None = None, kept: dict | None = None, label: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Try]:  # fmt: skip
+    """One run of a method for every multiple of its strength (one run as given, with `fixed` settings or without validation), each ended at its best
+    state on validation, graded, not audited."""
+    runs = []
+    for rung, change in enumerate([{}] if fixed or validate is None else _ladder(METHODS[name].defaults, scales)):
+        where = None if folder is None else Path(folder) / f"{name}-{rung}"
+        watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=label or name, kept={} if kept is None else kept)
+        attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**(fixed or {}), **change})
+        graded = validate(patched(model, attempt)) if validate and attempt.outcome == "ok" else None
+        runs.append(Try(attempt, score=graded))
+    return runs
+
+
+def best_of(tries: Sequence[Try]) -> Try:
+    """The try with the best validation score; the first where none has a score."""
+    return max(tries, key=lambda t: t.score if t.score is not None else 0.0)
 
 
 def _ladder(defaults: Mapping[str, Any], scales: Sequence[float]) -> Iterable[dict[str, Any]]:

@@ -37,6 +37,7 @@ class Method:
     assurance   what it can honestly claim, one of ASSURANCES
     cost        (part sizes, settings) -> (examples forward, examples backward); held by a law against the meter
     toy         settings under which it visibly forgets in the toy worlds of the tests
+    twin        "moe" for methods that need a mixture of experts: which twin of a world it works on
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     assurance: str
     cost: Callable[[Mapping[str, int], Mapping[str, Any]], tuple[float, float]]
     toy: Mapping[str, Any]
+    twin: str = ""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -186,11 +188,12 @@ def method(
     toy: Mapping[str, Any],
     forgets: tuple[str, ...] = ("records", "class"),
     assurance: str = "approximate",
+    twin: str = "",
 ) -> Callable:
     """Register a method; the function's name is the method's name."""
 
     def wrap(function: Callable[..., Patch]) -> Method:
-        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy)
+        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin)
         METHODS.add(record)
         return record
 

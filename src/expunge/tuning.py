@@ -88,7 +88,8 @@ class Steps(Sequence):
 
     def __init__(self, streams: Mapping[str, Sequence], accumulate: int) -> None:
         self.streams, self.accumulate = streams, accumulate
-        self.steps = -(-max(len(s) for s in streams.values()) // accumulate)
+        self.longest = max(len(s) for s in streams.values())
+        self.steps = -(-self.longest // accumulate)
 
     def __len__(self) -> int:
         return self.steps
@@ -98,7 +99,7 @@ class Steps(Sequence):
             raise IndexError(k)
         parts = []
         for kind, stream in self.streams.items():
-            found = [stream[j % len(stream)] for j in range(k * self.accumulate, (k + 1) * self.accumulate)]
+            found = [stream[j % len(stream)] for j in range(k * self.accumulate, min((k + 1) * self.accumulate, self.longest))]
             tokens = sum(int((b["y"] != IGNORE).sum()) for b in found) / len(found)
             parts += [(kind, {**b, "tokens": tokens}, 1 / len(found)) for b in found]
         return parts

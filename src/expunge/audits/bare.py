@@ -22,7 +22,7 @@ from expunge.guard import quiet
 from expunge.registry import check
 from expunge.tasks.causal_lm import buckets, collate, generate
 from expunge.types import Texts, device_of
-from expunge.wraps import WRAPS, guards
+from expunge.wraps import gates, guards
 
 
 @check(tasks=("causal_lm",), needs=("forget",))
@@ -42,7 +42,7 @@ def bare(p: Probe) -> list[Row]:
     with wraps.bare(model):
         rows.append(Row("bare.exact", *wilson(int(exact(model, data).sum()), n), n, "greedy answer equals the record's, guards off"))
     rows.append(Row("bare.exact_guarded", *wilson(int(exact(model, data).sum()), n), n, "the same with guards on", indicative=True))
-    if not any(WRAPS[it.hook.kind].gate for it in guards(model).values()):
+    if not gates(model):
         return rows
     sides = [("bare.missed", data, False), ("bare.false_alarm", part(p, "retain"), True), ("bare.missed_paraphrased", paraphrased(data), False)]
     for name, texts, wrong in sides:
@@ -67,11 +67,9 @@ def flags(model: nn.Module, data: Texts, size: int = 32) -> Tensor:
     device = device_of(model)
     for rows in buckets([len(t) for t in data.tokens], size):
         batch = collate(data, rows, None)
-        for it in guards(model).values():
-            gate = WRAPS[it.hook.kind].gate
-            if gate:
-                with quiet(model):
-                    out[rows] |= gate(model, it, batch["x"].to(device), batch["n"].to(device))[1].cpu()
+        for it, gate in gates(model):
+            with quiet(model):
+                out[rows] |= gate(model, it, batch["x"].to(device), batch["n"].to(device))[1].cpu()
     return out
 
 

@@ -23,8 +23,19 @@ from expunge.bench.table import NOTHING, markdown
 from expunge.bench.worlds import World, cache_folder, world
 from expunge.errors import SettingError
 from expunge.outcome import TRIVIAL, patched
-from expunge.registry import METHODS
+from expunge.plan import best_of, closeness, tuned
+from expunge.registry import CHECKS, METHODS
 from expunge.run import Attempt, unlearn
+from expunge.types import Split, Task
+
+PUBLISHED, SUFFIX = 100.0, ":published"
+"""Language worlds: `NAME:published` runs the method as published, all its steps, with lr this many times its own, which is meant for billions of weights."""
+
+LADDER = (100.0, 30.0)
+"""Language worlds: multiples of a method's own lr among which validation chooses."""
+
+CHECKED = ("tofu", "memorised", "membership_text", "drop", "membership", "wording", "bare")
+"""Checks of language cells; the others add nothing to the table."""
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}},
@@ -100,7 +111,10 @@ def bench(
             progress(f"{name} {scenario} {method} seed {seed}", number, len(todo))
         refs = tuple(retrained(scenario, k) for k in range(references))
         further = retrained(scenario, references + seed) if method == "retrain" else None
-        cell = {"world_key": key, **run_cell(w, scenario, method, seed, originals(seed), refs, scores[scenario], slow, further)}
+        cell = {
+            "world_key": key,
+            **run_cell(w, scenario, method, seed, originals(seed), refs, scores[scenario], slow, further, done.get((scenario, method, 0), {}).get("lr")),
+        }
         done[scenario, method, seed] = cell
         with path.open("a") as f:
             f.write(json.dumps(cell, allow_nan=True) + "\n")
@@ -110,31 +124,37 @@ def bench(
 
 
 def settings(w: World, method: str) -> dict[str, Any]:
-    """What a method runs with in this world: its defaults, overlaid by PRESETS. Cells that were run with other settings are run again."""
+    """What a method runs with in this world: its defaults, overlaid by PRESETS. Cells that were run with other settings are run again. In a language
+    world lr is chosen on validation (`searched`), or PUBLISHED times the method's own."""
     if method == NOTHING:
         return {}
     name, changes = resolve(method)
+    if w.task.name == "causal_lm" and method != "retrain" and "lr" in METHODS[name].defaults:
+        changes = {**changes, "lr": PUBLISHED * METHODS[name].defaults["lr"] if method.endswith(SUFFIX) else "validation"}
     return dict(w.recipe) if method == "retrain" else {**METHODS[name].defaults, **changes, **PRESETS.get(w.name, {}).get(method, {})}
 
 
 def resolve(label: str) -> tuple[str, dict[str, Any]]:
-    """Method and settings behind a label of the table: a baseline of `outcome.TRIVIAL`, or a method at its defaults."""
-    return (TRIVIAL[label][0], TRIVIAL[label][1]) if label == "reset_last" else (label, {})
+    """Method and settings behind a label of the table: a baseline of `outcome.TRIVIAL`, or a method at its defaults (with SUFFIX too)."""
+    return (TRIVIAL[label][0], TRIVIAL[label][1]) if label == "reset_last" else (label.removesuffix(SUFFIX), {})
 
 
 def feasible(w: World, scenario: str, name: str) -> bool:
     """Whether the method works on the world's task and has the parts it needs."""
     record, have = METHODS[name], set(w.split(scenario).parts())
+    if record.twin and not w.name.endswith(f"-{record.twin}"):
+        return False
     return w.task.name in record.tasks and set(record.needs) <= have
 
 
 def run_cell(
     w: World, scenario: str, method: str, seed: int, original: nn.Module, refs: tuple[nn.Module, ...], scores: dict, slow: bool = False,
-    further: nn.Module | None = None,
+    further: nn.Module | None = None, lr: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One method on one seed of one scenario, audited.
 
     scores    the scenario's store of what originals and references answered (`Probe.cache`), filled here and shared by its cells
+    lr        the step size that validation chose on seed 0, for the other seeds of a language world
     further   the candidate of method retrain: one more retrained model, which is none of the references
     """
     split = w.split(scenario)
@@ -145,19 +165,30 @@ def run_cell(
         after, n = further, retrain_passes(w, scenario) / 2
         attempt = Attempt("retrain", settings(w, method), seed, "ok", "", None)
         attempt.meter.forward = attempt.meter.backward = int(n)
+    elif settings(w, method).get("lr") == "validation":
+        attempt = searched(resolve(method)[0], w.task, split, original, seed, lr)
+        after = patched(original, attempt)
     else:
         attempt = unlearn(resolve(method)[0], original, w.task, split, seed=seed, **settings(w, method))
         after = patched(original, attempt)
     ran = time.perf_counter() - start
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
     audited = attempt.outcome == "ok" or method == NOTHING
-    rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), slow=slow) if audited else []
+    names = [n for n in CHECKED if n in CHECKS] if w.task.name == "causal_lm" and not slow else ()
+    rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), names, slow=slow) if audited else []
     if after is not original:
         for key in [k for k, (_, model) in scores.items() if model is after]:
             del scores[key]
     return {
-        "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": dict(attempt.settings), "outcome": attempt.outcome,
-        "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": len(refs),
+        "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": settings(w, method), "outcome": attempt.outcome,
+        "lr": attempt.settings.get("lr"), "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": len(refs),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
         "rows": [asdict(r) for r in rows],
     }  # fmt: skip
+
+
+def searched(method: str, task: Task, split: Split, original: nn.Module, seed: int, lr: float | None) -> Attempt:
+    """The method at the step size, and ended at the step, that validation likes best: of LADDER, or at `lr` alone."""
+    runs = tuned(method, original, task, split, closeness(original, task, split), scales=LADDER, fixed={} if lr is None else {"lr": lr}, seed=seed)
+    good = [t for t in runs if t.attempt.outcome == "ok"]
+    return (best_of(good) if good else runs[0]).attempt

@@ -73,7 +73,7 @@ class Format:
 
     def encode(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """((T,) tokens, (T,) bool targets) of one record. Raises DataError when no token is left to train."""
-        text, start, end = self._text(row)
+        text, start, end = self.whole(row)
         found = self.tokenizer(text, add_special_tokens=self.template != "chat", return_offsets_mapping=True)
         tokens, offsets = list(found["input_ids"]), list(found["offset_mapping"])
         eos = self.tokenizer.eos_token_id
@@ -111,7 +111,7 @@ class Format:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": str(row["question"])}]
 
-    def _text(self, row: Mapping[str, Any]) -> tuple[str, int, int]:
+    def whole(self, row: Mapping[str, Any]) -> tuple[str, int, int]:
         """The whole text, and where its answer starts and ends."""
         if "question" not in row:
             text = str(row["text"])
@@ -162,6 +162,10 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}") from None
+    if content[:400].lstrip().startswith('{"expunge"'):
+        from expunge.data import rewrite
+
+        return [dict(row) for row in rewrite.read(path).rows]
     lines: list[tuple[int, Any]] = []
     if content.lstrip()[:1] == "[":
         try:

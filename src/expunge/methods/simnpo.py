@@ -16,7 +16,7 @@ Check
     >>> s = torch.tensor([3.0], requires_grad=True)
     >>> for beta in (2.5, 4.5):
     ...     value = loss(Out(s, torch.tensor([4.0])), beta=beta)
-    ...     print([round(float(v), 6) for v in (value, *torch.autograd.grad(value, s))])
+    ...     print([round(float(v.detach()), 6) for v in (value, *torch.autograd.grad(value, s))])
     [0.11414, -0.066482]
     [0.014954, -0.016543]
 """

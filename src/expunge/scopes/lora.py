@@ -79,7 +79,7 @@ def lora(
                 with torch.no_grad():
                     up.weight.copy_(start[name][0])
                     down.weight.copy_(start[name][1])
-                    found[name].weight.sub_(scale * (start[name][0] @ start[name][1]).to(found[name].weight))
+                    found[name].weight.copy_(found[name].weight.to(up.weight) - scale * (up.weight @ down.weight))
             pairs[name] = (up.weight, down.weight)
             session.params |= {f"{name}.lora_A": down.weight, f"{name}.lora_B": up.weight}
         session.masks = dict.fromkeys(session.params)

@@ -27,7 +27,8 @@ def gradient_sum(model: nn.Module, task: Task, batches: Sequence, loss=lambda ou
     """Sum over batches of the gradient of loss(Out), per trainable parameter, in eval mode; nothing about the model changes."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     modes = [(m, m.training) for m in model.modules()]
-    total = {n: torch.zeros_like(p, memory_format=torch.contiguous_format) for n, p in named.items()}
+    wide = {n: torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype for n, p in named.items()}
+    total = {n: torch.zeros_like(p, memory_format=torch.contiguous_format, dtype=wide[n]) for n, p in named.items()}
     model.eval()
     try:
         for k in range(len(batches)):

@@ -1,0 +1,70 @@
+"""Low-rank layers that a guard switches on row by row: out + w (alpha / r) B A x, with w (B,) from `it.now["weight"]`. Shared by gated and offset."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import PatchError
+from expunge.patch import Hook, LowRank, Patch
+from expunge.session import Session
+from expunge.tuning import Tuning, opened
+from expunge.wraps import Guarded
+
+
+def stored(patch: Patch) -> tuple[dict[str, Tensor], float]:
+    """The LowRank edits of a patch as tensors of a hook, LAYER.up and LAYER.down, and their common scale."""
+    edits = [e for e in patch.edits if isinstance(e, LowRank)]
+    tensors = {f"{e.name.removesuffix('.weight')}.{part}": getattr(e, part).detach().clone() for e in edits for part in ("up", "down")}
+    return tensors, edits[0].scale if edits else 0.0
+
+
+@contextlib.contextmanager
+def aside(model: nn.Module, tuning: Tuning, here: dict[str, Session] | None = None) -> Iterator[Session]:
+    """The LoRA session of the settings, put into `here`, for an adapter that never answers as it stands: a guard's validation does not score it."""
+    with opened(model, tuning) as e:
+        e.judged = False
+        if here is not None:
+            here["session"] = e
+        yield e
+
+
+def layers(hook: Hook) -> list[str]:
+    """Names of the layers for which the hook holds low-rank weights."""
+    return sorted(n.removesuffix(".down") for n in hook.tensors if n.endswith(".down"))
+
+
+def check(model: nn.Module, hook: Hook) -> None:
+    """Raises PatchError for layers that the model lacks or whose shapes differ."""
+    modules = dict(model.named_modules())
+    if not layers(hook):
+        raise PatchError(f"guard {hook.name} holds no low-rank weights (LAYER.up and LAYER.down)")
+    for name in layers(hook):
+        module, up, down = modules.get(name), hook.tensors.get(f"{name}.up"), hook.tensors[f"{name}.down"]
+        weight = getattr(module, "weight", None)
+        if up is None or not isinstance(weight, Tensor) or up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise PatchError(f"guard {hook.name} adapts {name}, which this model does not have as a linear layer: another architecture?")
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+            raise PatchError(f"guard {hook.name} holds {name} as {(up.shape[0], down.shape[1])}, this model has {tuple(weight.shape)}: another model?")
+
+
+def adapt(model: nn.Module, it: Guarded) -> list[Any]:
+    """Hooks on all adapted layers."""
+    modules = dict(model.named_modules())
+    return [modules[name].register_forward_hook(partial(adapted, it, name)) for name in layers(it.hook)]
+
+
+def adapted(it: Guarded, name: str, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+    """Rows with w = 0 are given back bit for bit."""
+    w = it.now.get("weight")
+    if w is None or not bool((w != 0).any()):
+        return None
+    up, down = it.tensor(f"{name}.up", out), it.tensor(f"{name}.down", out)
+    change = float(it.hook.config["scale"]) * ((args[0].to(down.dtype) @ down.T) @ up.T)
+    w = w.to(out.device).repeat_interleave(out.shape[0] // len(w)).view(-1, *[1] * (out.ndim - 1))
+    return torch.where(w != 0, out + (w * change).to(out.dtype), out)
