@@ -24,6 +24,11 @@ TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tun
 """Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""
 
 
+def trivial(task: Task) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those of TRIVIAL that work on the task."""
+    return {label: found for label, found in TRIVIAL.items() if task.name in METHODS[found[0]].tasks}
+
+
 @dataclass(frozen=True)
 class Try:
     """One attempt and its audit. Rows are there only for the outcome `ok`."""
@@ -112,7 +117,7 @@ class Verdict:
         table = {*self.baselines, *(t.attempt.method for t in self.tries)}
         facts = {
             "seeds": True if len(same) >= 3 else None,
-            "baselines": {"original", "retrained", *TRIVIAL} <= table,
+            "baselines": {"original", "retrained", *trivial(self.probe.task)} <= table,
             "reversible": None if shown.attempt.patch is None else reversible(self.probe.before, shown.attempt),
         }
         return named(replace(self.probe, after=after), shown.rows, facts)
@@ -178,7 +183,7 @@ def baselines(p: Probe, rules: Iterable[str], checks: Sequence[str] = (), *, slo
     """Rows of the untouched original, of one retrained model read against the others, and, if slow, of what TRIVIAL makes."""
     models = {"original": replace(p, after=p.before)}
     if slow and p.split.retain is not None:
-        for label, (name, settings) in TRIVIAL.items():
+        for label, (name, settings) in trivial(p.task).items():
             attempt = unlearn(name, p.before, p.task, p.split, seed=p.seed, **settings)
             if attempt.outcome == "ok":
                 models[label] = replace(p, after=patched(p.before, attempt), cost={**p.cost, **attempt.cost})

@@ -19,13 +19,20 @@ from expunge.guard import Guard
 from expunge.outcome import Try, Verdict, baselines, examined, patched, remarks
 from expunge.registry import METHODS
 from expunge.run import preflight, unlearn
+from expunge.training import pace
 from expunge.types import Split, Task, Texts
 
 SCALES = (1.0, 3.0, 0.3)
 """Multiples of a method's default strength that the autopilot tries, best on validation first audited."""
 
-TEXT_SCALES = (100.0, 10.0, 1.0)
-"""The same for language models: a step size that suits seven billion weights is a hundred times too small for one million."""
+TEXT_SCALES = (1.0, 0.3)
+"""The same for language models, as multiples of the step size that suits the model's width (`training.pace`)."""
+
+RECIPE = {"batch_size": 8, "accumulate": 1, "retain_size": 32, "retain": "ce"}
+"""How the autopilot runs language methods, whatever their papers say: four kept texts for each forgotten one, and never without them."""
+
+LEAST_EPOCHS = 10.0
+"""Passes over forget that it allows at least; validation ends them earlier."""
 
 MOST = 64
 """Most retain records that a validation score of texts reads."""
@@ -49,12 +56,14 @@ class Option:
 
 
 def plan(task: Task, split: Split, *, retrain_passes: float | None = None) -> list[Option]:
-    """All methods, feasible and cheapest first. `retrain_passes`: examples forward plus backward that training from scratch takes."""
+    """All methods, feasible and cheapest first. `retrain_passes`: examples forward plus backward that training from scratch takes. Language methods are
+    priced as the autopilot runs them (`recipe`)."""
     options = []
     for record in METHODS.values():
         try:
             record.check(task, split)
-            forward, backward = record.expected(split, record.defaults)
+            ours = recipe(record.defaults, split) if isinstance(split.forget, Texts) else {}
+            forward, backward = record.expected(split, {**record.defaults, **ours})
             share = None if not retrain_passes else (forward + backward) / retrain_passes
             options.append(Option(record.name, True, "", record.assurance, forward, backward, share, record.needs))
         except ExpungeError as error:
@@ -183,9 +192,10 @@ def tuned(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Try]:  # fmt: skip
     """One run of a method for every multiple of its strength (one run as given, with `fixed` settings or without validation), each ended at its best
-    state on validation, graded, not audited."""
+    state on validation, graded, not audited. Texts are run by RECIPE."""
     runs = []
-    for rung, change in enumerate([{}] if fixed or validate is None else _ladder(METHODS[name].defaults, scales)):
+    ladder = [{}] if fixed or validate is None else _ladder(name, model, task, split, scales)
+    for rung, change in enumerate(ladder):
         where = None if folder is None else Path(folder) / f"{name}-{rung}"
         watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=label or name, kept={} if kept is None else kept)
         attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**(fixed or {}), **change})
@@ -199,6 +209,22 @@ def best_of(tries: Sequence[Try]) -> Try:
     return max(tries, key=lambda t: t.score if t.score is not None else 0.0)
 
 
-def _ladder(defaults: Mapping[str, Any], scales: Sequence[float]) -> Iterable[dict[str, Any]]:
-    name = next((s for s in STRENGTHS if isinstance(defaults.get(s), float)), None)
-    return ({} if name is None or scale == 1.0 else {name: defaults[name] * scale} for scale in (scales if name else itertools.islice(scales, 1)))
+def _ladder(name: str, model: nn.Module, task: Task, split: Split, scales: Sequence[float]) -> Iterable[dict[str, Any]]:
+    defaults = METHODS[name].defaults
+    if isinstance(split.forget, Texts) and "lr" in defaults:
+        return [{**recipe(defaults, split), "lr": scale * stride(defaults, task, model)} for scale in scales]
+    strength = next((s for s in STRENGTHS if isinstance(defaults.get(s), float)), None)
+    return (
+        {} if strength is None or scale == 1.0 else {strength: defaults[strength] * scale} for scale in (scales if strength else itertools.islice(scales, 1))
+    )
+
+
+def recipe(defaults: Mapping[str, Any], split: Split) -> dict[str, Any]:
+    """RECIPE for a language method with these defaults: of its settings, those that the method has, and retain only where there is retain data."""
+    changes: dict[str, Any] = {k: v for k, v in RECIPE.items() if k in defaults and (k != "retain" or (defaults[k] == "none" and split.retain is not None))}
+    return {**changes, "epochs": max(defaults["epochs"], LEAST_EPOCHS)} if "epochs" in defaults else changes
+
+
+def stride(defaults: Mapping[str, Any], task: Task, model: nn.Module) -> float:
+    """The step size that suits a language model's width, ten times as large for LoRA."""
+    return pace(task, model)["lr"] * (10.0 if defaults.get("lora") else 1.0)

@@ -60,7 +60,7 @@ def mixtral(vocabulary: int, *, width: int = 128, layers: int = 4, heads: int = 
     config = MixtralConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, num_local_experts=experts, num_experts_per_tok=2, max_position_embeddings=context, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=1, experts_implementation="eager",
+        bos_token_id=None, eos_token_id=0, pad_token_id=1, **{"experts_implementation": "eager"},
     )  # fmt: skip
     return _drawn(MixtralForCausalLM, config, seed)
 

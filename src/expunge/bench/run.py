@@ -23,16 +23,14 @@ from expunge.bench.table import NOTHING, markdown
 from expunge.bench.worlds import World, cache_folder, world
 from expunge.errors import SettingError
 from expunge.outcome import TRIVIAL, patched
-from expunge.plan import best_of, closeness, tuned
+from expunge.plan import LEAST_EPOCHS, RECIPE, TEXT_SCALES, best_of, closeness, recipe, stride, tuned
 from expunge.registry import CHECKS, METHODS
 from expunge.run import Attempt, unlearn
 from expunge.types import Split, Task
 
-PUBLISHED, SUFFIX = 100.0, ":published"
-"""Language worlds: `NAME:published` runs the method as published, all its steps, with lr this many times its own, which is meant for billions of weights."""
-
-LADDER = (100.0, 30.0)
-"""Language worlds: multiples of a method's own lr among which validation chooses."""
+SUFFIX = ":published"
+"""Language worlds: `NAME:published` runs the method as published, all its steps, but for lr, which is what suits the model's width; NAME alone runs it
+as the autopilot does (`plan.RECIPE`), ended where validation says."""
 
 CHECKED = ("tofu", "memorised", "membership_text", "drop", "membership", "wording", "bare")
 """Checks of language cells; the others add nothing to the table."""
@@ -95,7 +93,7 @@ def bench(
     """
     w, cache = world(name), cache or cache_folder()
     scenarios = scenarios or w.scenarios
-    asked = list(METHODS) if methods == "all" else [METHODS[m].name for m in methods]
+    asked = list(METHODS) if methods == "all" else [m for m in methods if METHODS[resolve(m)[0]]]
     chosen = list(dict.fromkeys([NOTHING, "fine_tune", "reset_last", "retrain", *asked]))
     path = Path(out) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +123,12 @@ def bench(
 
 def settings(w: World, method: str) -> dict[str, Any]:
     """What a method runs with in this world: its defaults, overlaid by PRESETS. Cells that were run with other settings are run again. In a language
-    world lr is chosen on validation (`searched`), or PUBLISHED times the method's own."""
+    world it is run as the autopilot runs it, or as published (SUFFIX)."""
     if method == NOTHING:
         return {}
     name, changes = resolve(method)
     if w.task.name == "causal_lm" and method != "retrain" and "lr" in METHODS[name].defaults:
-        changes = {**changes, "lr": PUBLISHED * METHODS[name].defaults["lr"] if method.endswith(SUFFIX) else "validation"}
+        changes = {**changes, "lr": "width"} if method.endswith(SUFFIX) else {"recipe": {**RECIPE, "epochs": LEAST_EPOCHS}}
     return dict(w.recipe) if method == "retrain" else {**METHODS[name].defaults, **changes, **PRESETS.get(w.name, {}).get(method, {})}
 
 
@@ -144,7 +142,7 @@ def feasible(w: World, scenario: str, name: str) -> bool:
     record, have = METHODS[name], set(w.split(scenario).parts())
     if record.twin and not w.name.endswith(f"-{record.twin}"):
         return False
-    return w.task.name in record.tasks and set(record.needs) <= have
+    return name == "retrain" or (w.task.name in record.tasks and set(record.needs) <= have)
 
 
 def run_cell(
@@ -165,11 +163,14 @@ def run_cell(
         after, n = further, retrain_passes(w, scenario) / 2
         attempt = Attempt("retrain", settings(w, method), seed, "ok", "", None)
         attempt.meter.forward = attempt.meter.backward = int(n)
-    elif settings(w, method).get("lr") == "validation":
+    elif "recipe" in settings(w, method):
         attempt = searched(resolve(method)[0], w.task, split, original, seed, lr)
         after = patched(original, attempt)
     else:
-        attempt = unlearn(resolve(method)[0], original, w.task, split, seed=seed, **settings(w, method))
+        asked = settings(w, method)
+        if asked.get("lr") == "width":
+            asked["lr"] = stride(asked, w.task, original)
+        attempt = unlearn(resolve(method)[0], original, w.task, split, seed=seed, **asked)
         after = patched(original, attempt)
     ran = time.perf_counter() - start
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
@@ -181,14 +182,16 @@ def run_cell(
             del scores[key]
     return {
         "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": settings(w, method), "outcome": attempt.outcome,
-        "lr": attempt.settings.get("lr"), "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario), "references": len(refs),
+        "lr": attempt.settings.get("lr"), "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario),
+        "references": len(refs),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
         "rows": [asdict(r) for r in rows],
     }  # fmt: skip
 
 
 def searched(method: str, task: Task, split: Split, original: nn.Module, seed: int, lr: float | None) -> Attempt:
-    """The method at the step size, and ended at the step, that validation likes best: of LADDER, or at `lr` alone."""
-    runs = tuned(method, original, task, split, closeness(original, task, split), scales=LADDER, fixed={} if lr is None else {"lr": lr}, seed=seed)
+    """The method as the autopilot runs it: at the step size, and ended at the step, that validation likes best; at `lr` alone if it is given."""
+    fixed = {} if lr is None else {**recipe(METHODS[method].defaults, split), "lr": lr}
+    runs = tuned(method, original, task, split, closeness(original, task, split), scales=TEXT_SCALES, fixed=fixed, seed=seed)
     good = [t for t in runs if t.attempt.outcome == "ok"]
     return (best_of(good) if good else runs[0]).attempt
