@@ -22,7 +22,7 @@ from expunge.guard import Guard, watching
 from expunge.losses.language import kept
 from expunge.memorise import extraction_likelihood, full, memorisation_accuracy, memorised, overlap_n
 from expunge.methods.adversarial_target import adversaries, runner_up
-from expunge.methods.ascent_descent import each, retain_batches
+from expunge.tuning import each_retained, retain_batches
 from expunge.methods.flat import DIVERGENCES, RELEASED, adjusted, likelihood
 from expunge.methods.idk_nll import answered
 from expunge.methods.random_target import draw, relabelled
@@ -416,11 +416,11 @@ def test_adapters_off_are_the_same_teacher_as_cached_predictions():
     model, task, split = exact()
     one = Tuning(retain="kl", top=0, lora=2)
     batches = retain_batches(task, split, one, 0)
-    cached = each(model, task, split.retain, replace(one, lora=0), batches)
+    cached = each_retained(model, task, split.retain, replace(one, lora=0), batches)
     with lora(model, rank=2) as e:
         for k, p in enumerate(e.params.values()):
             p.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(k))
-        found = each(model, task, split.retain, one, batches)(batches[0]).detach()
+        found = each_retained(model, task, split.retain, one, batches)(batches[0])[1].detach()
         torch.testing.assert_close(found, cached(batches[0]).detach(), rtol=1e-4, atol=1e-6)
         assert found.shape == (len(batches[0]["i"]),) and float(found.min()) > 1e-3
 

@@ -13,7 +13,8 @@ _WHERE = {
     "method": "registry", "check": "registry", "Guard": "guard", "unlearn": "run", "Attempt": "run", "forget": "plan", "plan": "plan",
     "audit": "audits.core", "Row": "audits.core", "Probe": "audits.core", "gate": "audits.core", "classification": "tasks.classification",
     "regression": "tasks.regression", "world": "bench.worlds", "descend": "updates.descend", "alternate": "updates.descend",
-    "audited": "outcome", "untrac": "influence",
+    "audited": "outcome", "untrac": "influence", "causal_lm": "tasks.causal_lm", "Texts": "types", "Format": "data.text", "Hook": "patch",
+    "serve": "wraps.serve", "lora": "scopes.lora",
 }  # fmt: skip
 
 __all__ = ["__version__", *sorted(_WHERE)]

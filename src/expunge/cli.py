@@ -412,7 +412,7 @@ def inspect(patch: str, key_file: Key = "", as_json: Json = False) -> None:
     from expunge.patch import Patch
 
     found = Patch.load(patch, _key(key_file))
-    names = [{"name": e.name, "kind": type(e).__name__, "places": int(getattr(e, "values", getattr(e, "up", None)).numel())} for e in found.edits]
+    names = [{"name": e.name, "kind": type(e).__name__, "places": Patch((e,)).places} for e in found.edits]
     if as_json:
         print(json.dumps({"meta": dict(found.meta), "digest": found.digest, "edits": names}))
         return

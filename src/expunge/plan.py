@@ -15,7 +15,7 @@ from expunge.audits.core import Probe, score
 from expunge.audits.stats import auc
 from expunge.audits.verdict import blind, default_rules, selftest
 from expunge.errors import ExpungeError
-from expunge.guard import Guard
+from expunge.guard import Guard, Meter
 from expunge.outcome import Try, Verdict, baselines, examined, patched, remarks
 from expunge.registry import METHODS
 from expunge.run import preflight, unlearn
@@ -192,13 +192,16 @@ def tuned(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Try]:  # fmt: skip
     """One run of a method for every multiple of its strength (one run as given, with `fixed` settings or without validation), each ended at its best
-    state on validation, graded, not audited. Texts are run by RECIPE."""
+    state on validation, graded, not audited. Texts are run by RECIPE; a method that refuses a retain loss is run without."""
     runs = []
     ladder = [{}] if fixed or validate is None else _ladder(name, model, task, split, scales)
     for rung, change in enumerate(ladder):
         where = None if folder is None else Path(folder) / f"{name}-{rung}"
         watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=label or name, kept={} if kept is None else kept)
         attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**(fixed or {}), **change})
+        if attempt.outcome == "refused" and "retain" in change:
+            own = {k: v for k, v in change.items() if k != "retain"}
+            attempt = unlearn(name, model, task, split, seed=seed, guard=replace(watch, meter=Meter()), folder=where, **{**(fixed or {}), **own})
         graded = validate(patched(model, attempt)) if validate and attempt.outcome == "ok" else None
         runs.append(Try(attempt, score=graded))
     return runs

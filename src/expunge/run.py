@@ -145,9 +145,13 @@ def _check_labels(model: nn.Module, task: Task, split: Split) -> None:
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers, names included."""
+    """SHA-256 over all parameters and buffers, names included, and over the inference-time guards that stand on the model."""
+    from expunge.wraps import guards
+
     h = hashlib.sha256()
     for name, t in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         h.update(raw(t))
+    for name, guarded in guards(model).items():
+        h.update(f"{name}{guarded.hook.digest}".encode())
     return h.hexdigest()

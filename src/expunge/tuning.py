@@ -22,7 +22,7 @@ from expunge.remember import Top, top_logits
 from expunge.scopes.layers import everything
 from expunge.scopes.lora import lora, off
 from expunge.session import Session, edit
-from expunge.types import IGNORE, Batch, Scope, Split, Task, Texts, drawn
+from expunge.types import IGNORE, Batch, Batches, Out, Scope, Split, Task, Texts, drawn
 from expunge.updates.descend import descend
 
 RETAIN = ("ce", "kl", "none")
@@ -162,26 +162,44 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
                 module._gradient_checkpointing_func = functions[module]
 
 
-def retained(model: nn.Module, task: Task, split: Split, tuning: Tuning, keeps) -> Callable[[Batch], Tensor]:
-    """The retain loss: the mean over the step's target tokens of CE, or of KL(model as it was || model)."""
+def retain_batches(task: Task, split: Split, tuning: Tuning, seed: int, steps: int = 0) -> Batches:
+    """The retain batches that `tune` draws with these settings: without replacement, as many as forget has, or `steps`."""
+    steps = steps or len(task.batches(split.forget, tuning.batch_size, epochs=tuning.epochs, seed=seed))
+    size = tuning.retain_size or tuning.batch_size
+    return task.batches(split.retain, size, epochs=steps / -(-len(split.retain) // size), seed=seed + 1)
+
+
+def each_retained(model: nn.Module, task: Task, data: Texts, tuning: Tuning, batches: Batches) -> Callable[[Batch], tuple[Out, Tensor]]:
+    """The forward pass of a batch of retain data and the loss per target token of each text (B,): CE, or KL(model as it was || model)."""
     if tuning.retain == "ce":
-        return lambda batch: pooled((out := task.forward(model, batch)).nll, out, batch)
+        return lambda batch: ((out := task.forward(model, batch)), out.mean)
     if tuning.lora:
 
-        def view(batch: Batch) -> Tensor:
+        def view(batch: Batch) -> tuple[Out, Tensor]:
             with off(model), quiet(model):
                 teacher = task.forward(model, batch).logits.log_softmax(-1)
             out = task.forward(model, batch)
-            return pooled(token_kl(out, teacher) * out.count, out, batch)
+            return out, token_kl(out, teacher)
 
         return view
-    teacher: Top = top_logits(model, task, split.retain, tuning.top, keeps.positions())
+    teacher: Top = top_logits(model, task, data, tuning.top, batches.positions())
 
-    def cached(batch: Batch) -> Tensor:
+    def cached(batch: Batch) -> tuple[Out, Tensor]:
         out = task.forward(model, batch)
-        return pooled(top_kl(out, *teacher.at(batch, out)) * out.count, out, batch)
+        return out, top_kl(out, *teacher.at(batch, out))
 
     return cached
+
+
+def retained(model: nn.Module, task: Task, split: Split, tuning: Tuning, keeps: Batches) -> Callable[[Batch], Tensor]:
+    """The retain loss: the mean over the step's target tokens of what `each_retained` gives."""
+    each = each_retained(model, task, split.retain, tuning, keeps)
+
+    def pooling(batch: Batch) -> Tensor:
+        out, value = each(batch)
+        return pooled(value * out.count, out, batch)
+
+    return pooling
 
 
 def tune(
@@ -209,9 +227,7 @@ def tune(
     if forget is not None:
         streams["forget"], losses["forget"] = forgets, lambda batch: tuning.gamma * forget(batch)
     if wants:
-        size = tuning.retain_size or tuning.batch_size
-        per_epoch = -(-len(split.retain) // size)
-        keeps = task.batches(split.retain, size, epochs=len(forgets) / per_epoch, seed=seed + 1)
+        keeps = retain_batches(task, split, tuning, seed, len(forgets))
         kept = keep or retained(model, task, split, tuning, keeps)
         streams["retain"], losses["retain"] = keeps, lambda batch: tuning.alpha * kept(batch)
     for name, (batches, loss) in (more or {}).items():

@@ -23,7 +23,7 @@ from expunge.bench.table import NOTHING, markdown
 from expunge.bench.worlds import World, cache_folder, world
 from expunge.errors import SettingError
 from expunge.outcome import TRIVIAL, patched
-from expunge.plan import LEAST_EPOCHS, RECIPE, TEXT_SCALES, best_of, closeness, recipe, stride, tuned
+from expunge.plan import LEAST_EPOCHS, RECIPE, closeness, stride, tuned
 from expunge.registry import CHECKS, METHODS
 from expunge.run import Attempt, unlearn
 from expunge.types import Split, Task
@@ -147,12 +147,11 @@ def feasible(w: World, scenario: str, name: str) -> bool:
 
 def run_cell(
     w: World, scenario: str, method: str, seed: int, original: nn.Module, refs: tuple[nn.Module, ...], scores: dict, slow: bool = False,
-    further: nn.Module | None = None, lr: float | None = None,
+    further: nn.Module | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One method on one seed of one scenario, audited.
 
     scores    the scenario's store of what originals and references answered (`Probe.cache`), filled here and shared by its cells
-    lr        the step size that validation chose on seed 0, for the other seeds of a language world
     further   the candidate of method retrain: one more retrained model, which is none of the references
     """
     split = w.split(scenario)
@@ -164,7 +163,7 @@ def run_cell(
         attempt = Attempt("retrain", settings(w, method), seed, "ok", "", None)
         attempt.meter.forward = attempt.meter.backward = int(n)
     elif "recipe" in settings(w, method):
-        attempt = searched(resolve(method)[0], w.task, split, original, seed, lr)
+        attempt = searched(resolve(method)[0], w.task, split, original, seed)
         after = patched(original, attempt)
     else:
         asked = settings(w, method)
@@ -189,9 +188,6 @@ def run_cell(
     }  # fmt: skip
 
 
-def searched(method: str, task: Task, split: Split, original: nn.Module, seed: int, lr: float | None) -> Attempt:
-    """The method as the autopilot runs it: at the step size, and ended at the step, that validation likes best; at `lr` alone if it is given."""
-    fixed = {} if lr is None else {**recipe(METHODS[method].defaults, split), "lr": lr}
-    runs = tuned(method, original, task, split, closeness(original, task, split), scales=TEXT_SCALES, fixed=fixed, seed=seed)
-    good = [t for t in runs if t.attempt.outcome == "ok"]
-    return (best_of(good) if good else runs[0]).attempt
+def searched(method: str, task: Task, split: Split, original: nn.Module, seed: int) -> Attempt:
+    """The method as the autopilot runs it, at the one step size that suits the model's width, ended at the step that validation likes best."""
+    return tuned(method, original, task, split, closeness(original, task, split), scales=(1.0,), seed=seed)[0].attempt

@@ -24,48 +24,15 @@ Check
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from expunge.errors import SettingError, SplitError
-from expunge.guard import quiet
-from expunge.losses.language import token_kl, top_kl
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.remember import top_logits
-from expunge.scopes.lora import off
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Batch, Batches, Split, Task, Texts
-
-
-def retain_batches(task: Task, split: Split, tuning: Tuning, seed: int) -> Batches:
-    """The retain batches that `tune` draws with these settings."""
-    steps = len(task.batches(split.forget, tuning.batch_size, epochs=tuning.epochs, seed=seed))
-    size = tuning.retain_size or tuning.batch_size
-    return task.batches(split.retain, size, epochs=steps / -(-len(split.retain) // size), seed=seed + 1)
-
-
-def each(model: nn.Module, task: Task, data: Texts, tuning: Tuning, batches: Batches) -> Callable[[Batch], Tensor]:
-    """The retain loss of each text of a batch, (B,): CE or KL(model as it was || model), per target token."""
-    if tuning.retain == "ce":
-        return lambda batch: task.forward(model, batch).mean
-    if tuning.lora:
-
-        def view(batch: Batch) -> Tensor:
-            with off(model), quiet(model):
-                teacher = task.forward(model, batch).logits.log_softmax(-1)
-            return token_kl(task.forward(model, batch), teacher)
-
-        return view
-    teacher = top_logits(model, task, data, tuning.top, batches.positions())
-
-    def cached(batch: Batch) -> Tensor:
-        out = task.forward(model, batch)
-        return top_kl(out, *teacher.at(batch, out))
-
-    return cached
+from expunge.tuning import Tuning, cost, each_retained, retain_batches, tune
+from expunge.types import Split, Task
 
 
 def _cost(n, s) -> tuple[float, float]:
@@ -91,9 +58,9 @@ def ascent_descent(
         split = replace(split, retain=split.anchor)
     if split.retain is None:
         raise SplitError(f"retain={tuning.retain} needs retain data; give some, or a general corpus as anchor with general=true")
-    loss = each(model, task, split.retain, tuning, retain_batches(task, split, tuning, seed))
+    each = each_retained(model, task, split.retain, tuning, retain_batches(task, split, tuning, seed))
 
     def forget(batch) -> Tensor:
         return -task.forward(model, batch).mean.mean()
 
-    return tune(model, task, split, forget, tuning, seed=seed, keep=lambda batch: loss(batch).mean())
+    return tune(model, task, split, forget, tuning, seed=seed, keep=lambda batch: each(batch)[1].mean())

@@ -33,11 +33,10 @@ from torch.nn import functional as F
 
 from expunge.errors import SettingError, SplitError
 from expunge.losses.language import kept, per_sequence, place, pooled
-from expunge.methods.ascent_descent import retain_batches
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.remember import top_logits
-from expunge.tuning import Tuning, tune
+from expunge.tuning import Tuning, retain_batches, tune
 from expunge.tuning import cost as shared
 from expunge.types import Batch, Out, Split, Task, Texts, drawn
 

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from expunge.errors import SettingError
 from expunge.losses.language import pooled
 from expunge.memorise import full
-from expunge.methods.ascent_descent import retain_batches
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.tuning import Tuning, cost, retained, tune
+from expunge.tuning import Tuning, cost, retain_batches, retained, tune
 from expunge.types import Batch, Split, Task
 
 MASKS = ("answer", "all")

@@ -43,12 +43,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from expunge import guard
 from expunge.errors import ScopeError, SettingError
-from expunge.methods.ascent_descent import retain_batches
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.remember import hidden_states, recall
 from expunge.tasks.causal_lm import blocks, buckets, hidden
-from expunge.tuning import Tuning, tune
+from expunge.tuning import Tuning, retain_batches, tune
 from expunge.tuning import cost as shared
 from expunge.types import IGNORE, Batch, Scope, Split, Task, Texts, drawn
 
