@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from expunge.outcome import patched
 from expunge.patch import Patch
 from expunge.run import model_digest
 
-METHODS = ("simnpo", "grad_diff", "npo", "undial")
-"""What the autopilot may try here, cheapest first."""
+METHODS = ("wga", "tnpo", "grad_diff")
+"""What the autopilot may try here."""
+
+REFERENCES = 2
+"""Models retrained without the two authors."""
 
 SHOWN = (0, 3, 7)
 """Questions of each side that are put to the model before and after."""
@@ -32,9 +37,15 @@ def demo(folder: Path | str = "expunge-demo-llm", *, progress: Callable[[str, in
     start = time.perf_counter()
     torch.set_num_threads(1)
     here, w = Path(folder), world("authors")
-    split = w.split("forget10")
-    model = w.original(0, here / "models", progress)
-    references = [w.retrained("forget10", k, here / "models", progress) for k in range(3)]
+    split, models = w.split("forget10"), here / "models"
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
+        runs = [workers.submit(trained, k, models) for k in range(REFERENCES + 1)]
+        for number, run in enumerate(runs):
+            if progress:
+                progress("training the model, and models without the two authors", number, len(runs))
+            run.result()
+    model = w.original(0, models)
+    references = [w.retrained("forget10", k, models) for k in range(REFERENCES)]
     verdict = plan.forget(model, w.task, split, references=references, methods=METHODS, retrain_passes=retrain_passes(w, "forget10"), progress=progress)
     shown = verdict.chosen or next((t for t in reversed(verdict.tries) if t.attempt.patch is not None), None)
     after = model if shown is None else patched(model, shown.attempt)
@@ -63,3 +74,13 @@ def demo(folder: Path | str = "expunge-demo-llm", *, progress: Callable[[str, in
         Patch.load(here / "patch.safetensors").apply(model).apply(model)
         result["reverted"] = model_digest(model) == before
     return {**result, "seconds": time.perf_counter() - start}
+
+
+def trained(k: int, folder: Path) -> None:
+    """Train the original (k = 0) or the k-th retrained model into `folder`, on one thread."""
+    torch.set_num_threads(1)
+    w = world("authors")
+    if k:
+        w.retrained("forget10", k - 1, folder)
+    else:
+        w.original(0, folder)

@@ -111,7 +111,7 @@ def bench(
         further = retrained(scenario, references + seed) if method == "retrain" else None
         cell = {
             "world_key": key,
-            **run_cell(w, scenario, method, seed, originals(seed), refs, scores[scenario], slow, further, done.get((scenario, method, 0), {}).get("lr")),
+            **run_cell(w, scenario, method, seed, originals(seed), refs, scores[scenario], slow, further),
         }
         done[scenario, method, seed] = cell
         with path.open("a") as f:
