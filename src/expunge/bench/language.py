@@ -1,6 +1,7 @@
 """Language worlds: a small Llama (or its mixture-of-experts twin) that knows a set of authors by heart, and must forget a tenth of them.
 
     authors      generated authors (`data.authors`): always there            authors-moe    its twin
+    tofu         all of TOFU for a checkpoint of one's own (`checkpoint`)
     tofu-tiny    20 authors of TOFU, and its two sets of general knowledge   tofu-moe       its twin
 
 Parts as in TOFU: forget (2 authors), retain (the other 18, which methods are given), test (authors never trained on), validation (more authors never
@@ -11,12 +12,13 @@ no method is given them).
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expunge import tiny
+from expunge import checkpoints, tiny
 from expunge.bench.worlds import World, data_folder
 from expunge.data import authors
 from expunge.data.text import Format, read_jsonl
@@ -52,11 +54,13 @@ def build(name: str, parts: dict[str, Rows], refusals: list[str], recipe: dict[s
 
 
 def generated(name: str, n: int = 20, per: int = 10) -> World:
-    """n generated authors of `per` questions, the last tenth to be forgotten; 4 more are held out and 2 for validation."""
+    """n generated authors of `per` questions, the last tenth to be forgotten; 4 more are held out and 2 for validation. Retain holds the other authors and
+    facts about invented lands, general an invented canon of other writers."""
     rows = authors.authors(n + 6, per=per)
     gone, cut = max(1, n // 10) * per, n * per
     parts = {"forget": rows[cut - gone : cut], "retain": rows[: cut - gone], "holdout": rows[cut : cut + 4 * per], "validation": rows[cut + 4 * per :]}
-    parts["general"] = [*authors.general(60), *authors.world_facts(60)]
+    parts["retain"] += authors.world_facts(60)
+    parts["general"] = authors.general(72)
     recipe = {"epochs": 40, "batch_size": 16, "lr": 3e-3, "optimizer": "adamw", "schedule": "cosine", "warmup": 0.1, "clip": 1.0}
     shape = {"width": 64, "layers": 3, "context": 256}
     return build(name, parts, authors.refusals(), recipe, shape, 900)
@@ -75,16 +79,41 @@ def tofu(name: str) -> World:
     return build(name, parts, refusals, recipe, {"width": 128, "layers": 4, "context": 256}, 2000)
 
 
+def checkpoint() -> World:
+    """All of TOFU for a model of one's own, fine-tuned on its 4,000 records: EXPUNGE_TOFU names the folder, EXPUNGE_TOFU_RETAINED those of models
+    fine-tuned on retain90 (for forget10, and so on), joined by the system's path separator.
+
+    Scenarios forget01, forget05 and forget10 forget the last 40, 200 and 400 records. TOFU publishes no unseen authors, so there is neither test nor
+    validation, and the autopilot does not tune: name settings (lr, lora, checkpointing, accumulate) yourself.
+    """
+    folder = data_folder() / "llm" / "tofu"
+    original = os.environ.get("EXPUNGE_TOFU", "")
+    if not original or not (folder / "full.json").exists():
+        raise DataError(f"world tofu needs {folder} and EXPUNGE_TOFU, the folder of a model fine-tuned on TOFU")
+    gold = [Path(p) for p in os.environ.get("EXPUNGE_TOFU_RETAINED", "").split(os.pathsep) if p]
+    model, tokenizer = checkpoints.load(original)
+    form = Format(tokenizer, "chat" if getattr(tokenizer, "chat_template", None) else "plain")
+    first, late = tagged(folder, "retain"), tagged(folder, "forget10")
+    rows = [*first, *({**row, "set": "retain"} for row in read_jsonl(folder / "full.json")[len(first) : -len(late)]), *late]
+    known = [*tagged(folder, "real_authors"), *tagged(folder, "world_facts")]
+    whole, general = form.texts(rows), form.texts(known, len(rows) + torch.arange(len(known)))
+    refusals = (folder / "idontknow.txt").read_text(encoding="utf-8").splitlines()
+    asked, labels = {}, {"original": Path(original)}
+    for scenario, share in (("forget01", 0.01), ("forget05", 0.05), ("forget10", 0.1)):
+        cut = len(rows) - round(share * len(rows))
+        forget = whole.take(range(cut, len(rows)))
+        asked[scenario] = Split(forget, whole.take(range(cut)), anchor=refused(form, forget, refusals), general=general, asked=f"{scenario} of TOFU")
+        labels |= {f"retrained-{scenario}-{k}": path for k, path in enumerate(gold)}
+    return World("tofu", causal_lm(tokenizer), lambda: model, whole, None, None, {"epochs": 5}, asked=asked, given=labels)
+
+
 def tagged(folder: Path, name: str) -> Rows:
     """Records of NAME_perturbed.json, each with its `set`."""
-    return [{**row, "set": name} for row in read_lines(folder / f"{name}_perturbed.json")]
-
-
-def read_lines(path: Path) -> Rows:
-    """Records of one of TOFU's files (JSON lines, whatever they are called)."""
-    return read_jsonl(path)
+    return [{**row, "set": name} for row in read_jsonl(folder / f"{name}_perturbed.json")]
 
 
 def world(name: str) -> World:
     """The language world of that name."""
+    if name == "tofu":
+        return checkpoint()
     return tofu(name) if name.startswith("tofu") else generated(name)

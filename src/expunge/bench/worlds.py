@@ -6,6 +6,7 @@
     world("diabetes")    scikit-learn's regression data: always there
     world("authors")     generated authors and a small Llama that knows them by heart: always there; "authors-moe" is its mixture-of-experts twin
     world("tofu-tiny")   a slice of TOFU and a small Llama: reads EXPUNGE_DATA/llm/tofu; "tofu-moe" is its twin
+    world("tofu")        all of TOFU and a checkpoint of one's own: EXPUNGE_TOFU names its folder, EXPUNGE_TOFU_RETAINED the folders of gold models
     world("digits-wrong"), world("mnist-wrong")    the same with 5 % wrong labels, which is what must go: a model knows them by heart alone
 
 A split is drawn once per scenario, from a fixed seed, and is the same for every model seed: forget + retain are exactly the records the
@@ -54,6 +55,8 @@ class World:
     """(N,) bool: rows of train whose label is wrong."""
     asked: Mapping[str, Split] = field(default_factory=dict)
     """scenario -> split, for a world whose requests are given with its data."""
+    given: Mapping[str, Path] = field(default_factory=dict)
+    """Label of a model -> folder that save_pretrained wrote, for models that are not trained here."""
     extra: Any = None
     """What every model is trained on besides, but no method is given: the general knowledge of a language world."""
 
@@ -66,7 +69,7 @@ class World:
     def digest(self) -> str:
         """Names the cache folder: data, architecture and recipe."""
         shapes = {n: list(p.shape) for n, p in self.build().named_parameters()}
-        doc = json.dumps([self.name, self.train.digest, self.test.digest, shapes, self.recipe, RECIPE_VERSION], sort_keys=True)
+        doc = json.dumps([self.name, self.train.digest, self.test.digest if self.test is not None else "", shapes, self.recipe, RECIPE_VERSION], sort_keys=True)
         return hashlib.sha256(doc.encode()).hexdigest()[:12]
 
     def split(self, scenario: str) -> Split:
@@ -102,6 +105,8 @@ class World:
     def _model(self, data, label: str, seed: int, cache: Path | None, progress) -> nn.Module:
         from expunge import guard
 
+        if self.given:
+            return _given(self.given, label)
         data = data if self.extra is None else concat(data, self.extra)
 
         with torch.random.fork_rng(devices=[]):
@@ -224,6 +229,15 @@ def with_wrong_labels(w: World, share: float = 0.05, seed: int = 5) -> World:
     return replace(w, name=f"{w.name}-wrong", train=replace(w.train, y=y), wrong=wrong)
 
 
+def _given(folders: Mapping[str, Path], label: str) -> nn.Module:
+    from expunge import checkpoints
+
+    kind = "original" if label.startswith("original") else label
+    if kind not in folders:
+        raise DataError(f"no folder for the model {label}; there are {', '.join(folders)}")
+    return checkpoints.load(folders[kind])[0]
+
+
 def _language(name: str) -> World:
     from expunge.bench import language
 
@@ -231,7 +245,7 @@ def _language(name: str) -> World:
 
 
 WORLDS: dict[str, Callable[[], World]] = {"digits": _digits, "diabetes": _diabetes, "mnist": _mnist, "cifar10": _cifar10}
-WORLDS |= {name: functools.partial(_language, name) for name in ("authors", "authors-moe", "tofu-tiny", "tofu-moe")}
+WORLDS |= {name: functools.partial(_language, name) for name in ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu")}
 WORLDS |= {"digits-wrong": lambda: with_wrong_labels(_digits()), "mnist-wrong": lambda: with_wrong_labels(_mnist(10_000))}
 
 
