@@ -18,7 +18,7 @@ from expunge.audits.named import Named, grouped, named
 from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
 from expunge.registry import CHECKS, METHODS
 from expunge.run import Attempt, model_digest, preflight, unlearn
-from expunge.types import Split, Task
+from expunge.types import Split, Task, Texts
 
 TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
 """Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""
@@ -104,6 +104,7 @@ class Verdict:
                 "method": chosen.attempt.method, "settings": dict(chosen.attempt.settings), "seed": chosen.attempt.seed, "cost": self._cost(chosen.attempt),
                 **({} if chosen.attempt.patch is None else {"digest": chosen.attempt.patch.digest, "places": chosen.attempt.patch.places}),
             },
+            "talk": [] if after is None or not pictures else talk(p, after),
             "sections": [] if after is None else grouped(self._named(shown, after)),
             "rules": dict(self.rules), "tries": [self._try(t) for t in self.tries],
             "baselines": {name: [asdict(r) for r in rows] for name, rows in self.baselines.items()},
@@ -132,6 +133,21 @@ class Verdict:
             "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason, "passed": t.passed,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
+
+
+def talk(p: Probe, after: nn.Module, most: int = 3, new: int = 48) -> list[dict[str, str]]:
+    """A few questions of forget and retain with the true answer and the greedy answers before and after; none for tasks without questions."""
+    found = []
+    for about, data in (("forgotten", p.split.forget), ("kept", p.split.retain)):
+        asked = [k for k, row in enumerate(data.rows) if "question" in row] if isinstance(data, Texts) else []
+        if asked and p.task.sample is not None:
+            rows = data.take([asked[j * len(asked) // most] for j in range(min(most, len(asked)))])
+            said = [p.task.sample(model, rows, new=new) for model in (p.before, after)]
+            found += [
+                {"about": about, "question": row["question"], "truth": row["answer"], "before": a, "after": b}
+                for row, a, b in zip(rows.rows, *said, strict=True)
+            ]  # fmt: skip
+    return found
 
 
 def patched(model: nn.Module, attempt: Attempt) -> nn.Module:

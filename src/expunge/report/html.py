@@ -29,6 +29,7 @@ PARTS = {
     "test": "for testing, never trained on",
     "validation": "for tuning, never trained on",
     "anchor": "that show what to answer instead",
+    "general": "that the model knows besides, read by the audit alone",
 }
 
 WORDS = {
@@ -43,6 +44,9 @@ WORDS = {
     "gap_closed.klom": "how much of the way to a model trained without the records was gone (1 is all)",
     "gap_closed.kl": "how much of the way to a model trained without the records was gone (1 is all)",
     "gap_closed.relearning": "how much slower it comes back than from the model before, when half of it is learnt again (1: as a model trained without)",
+    "drop.general": "what was lost on what the model knows besides (above 0 is worse)",
+    "tofu.d_over_critical": "how far answers about the forgotten texts differ from those of a model trained without them (at most 1: not told apart at 5 %)",
+    "memorised.extraction_strength.forget": "how much of a forgotten answer the model can still complete by itself, 0 to 1",
     "klom_ratio.forget": "distance to models trained without the records, in units of what they differ by among themselves (1: no different)",
     "membership.loss_auc": "how well an attack tells forgotten records from unseen ones (0.5 is guessing)",
     "membership.excess": "how much better such an attack does than on a model trained without the records (0: no better)",
@@ -126,6 +130,7 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "plots": [(name, caption, svg) for key, name, caption, draw in _PLOTS if (svg := draw(pictures.get(key)))],
         "offenders": _offenders(items(pictures.get("offenders"))), "notes": texts(document.get("notes")),
         "sections": table.sections(document),
+        "talk": [{k: plain(t.get(k)) for k in ("about", "question", "truth", "before", "after")} for t in items(document.get("talk"))],
         "gates": [_gate(name, mapping(g)) for name, g in mapping(document.get("gates")).items()],
     }  # fmt: skip
 

@@ -32,6 +32,10 @@ KEY = {
     "membership.loss_auc": "membership AUC",
     "klom_ratio.retain": "retain KLOM / floor",
     "average_gap": "average gap",
+    "tofu.d_over_critical": "KS D / critical",
+    "tofu.model_utility": "model utility",
+    "memorised.extraction_strength.forget": "extraction, forget",
+    "drop.general": "lost on general",
 }
 """Row name and heading of the key figures, in the order of columns. Rows that a rule reads come first, whatever they are."""
 

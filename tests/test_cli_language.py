@@ -1,0 +1,347 @@
+"""The command line on texts, as a user would call it: a model folder and JSON lines come in; reports, a patch and a folder for other tools go out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import json
+import shutil
+import sys
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from worlds import copied, small
+
+from expunge import checkpoints, cli, texts, tiny, training
+from expunge.data import text
+from expunge.data.text import Format
+from expunge.patch import Hook, Patch
+from expunge.registry import METHODS
+
+TEXTS = ("--task", "causal-lm", "--model", "base")
+FORGET = ("forget", *TEXTS, "--forget", "forget.jsonl", "--quick")
+RETAIN = ("--retain", "retain.jsonl")
+NPO = ("--method", "npo", "--lora", "4", "--lr", "0.01", "--epochs", "6")
+AWAY = ("--method", "task_vector", "--lora", "4", "--lr", "0.02", "--epochs", "8", "--scale", "8")
+IDK = "I do not know."
+
+
+def lines(path, rows) -> None:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(dict(row))) + "\n" for row in rows))
+
+
+def saved(folder, model, tokenizer) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A user's folder: `base`, a model that knows the forget file by heart, whose tokenizer has no pad token and no chat template; other models; files."""
+    home = tmp_path_factory.mktemp("home")
+    plain, task, split = small("causal_lm")
+    rows = [*split.retain.rows, *split.forget.rows]
+    gone, kept = rows[-12:], rows[:8]
+    tokenizer = copy.deepcopy(split.forget.format.tokenizer)
+    saved(home / "chatty", plain, tokenizer)
+    tokenizer.chat_template = tokenizer.pad_token = None
+    cut = text.split(Format(tokenizer, max_length=256), forget=gone, retain=kept)
+    model = copied(plain)
+    training.train(model, task, cut.forget, epochs=30, batch_size=6, seed=0, lr=1e-2, optimizer="adamw", clip=1.0)
+    for name, found in (("base", model), ("plain", plain), ("words", tiny.llama(300, width=32, layers=2, heads=2, context=256))):
+        saved(home / name, found, tokenizer)
+    saved(home / "wide", tiny.llama(len(tokenizer), width=64, layers=2, heads=2, context=256), tokenizer)
+    shutil.copytree(home / "base", home / "pickled")
+    (home / "pickled" / "model.safetensors").rename(home / "pickled" / "pytorch_model.bin")
+    from transformers import ByT5Tokenizer
+
+    shutil.copytree(home / "base", home / "slow", ignore=shutil.ignore_patterns("tokenizer*"))
+    ByT5Tokenizer().save_pretrained(home / "slow")
+    for name, found in (("forget", gone), ("retain", kept), ("test", split.test.rows), ("refusals", [{**r, "answer": IDK} for r in gone])):
+        lines(home / f"{name}.jsonl", found)
+    lines(home / "others.jsonl", [{"question": f"What is {k}?", "answer": IDK} for k in range(len(gone))])
+    lines(home / "empty.jsonl", [gone[0], gone[1], {"question": "Who?", "answer": " "}])
+    lines(home / "broken.jsonl", [gone[0], "{no json"])
+    lines(home / "long.jsonl", [gone[0], {"question": "word " * 60, "answer": "a"}])
+    lines(home / "twice.jsonl", [kept[0], {**gone[2], "question": gone[2]["question"].upper()}])
+    lines(home / "raw.jsonl", [{"text": " ".join(r["answer"] for r in gone)}, {"text": "The harbour of Norgate is quiet in winter."}])
+    guard = METHODS["guardrail"](model, task, replace(cut, anchor=None))
+    guard.save(home / "guard.safetensors")
+    return SimpleNamespace(home=home, model=model, plain=plain, task=task, split=cut, tokenizer=tokenizer, guard=guard)
+
+
+def call(home, *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `expunge WORDS` in a folder, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.chdir(home)
+        patch.setattr(sys, "argv", ["expunge", *words])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            cli.main()
+    return int(end.value.code or 0), out.getvalue(), err.getvalue()
+
+
+def strict(content: str):
+    """The one JSON document that the text holds; NaN and Infinity, which other tools cannot read, are refused."""
+
+    def never(word: str):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(content, parse_constant=never)
+
+
+def contents(folder) -> dict[str, bytes | None]:
+    """Every file and folder below."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def nll(world, model):
+    with torch.no_grad():
+        return world.task.forward(model, world.task.collate(world.split.forget, torch.arange(6), None)).nll
+
+
+def rows(document, number: int = 0) -> dict[str, float]:
+    return {r["name"]: r["value"] for r in document["tries"][number]["rows"]}
+
+
+@pytest.fixture(scope="module")
+def done(world):
+    """A request that passes its gate: what came out of the command."""
+    code, out, err = call(world.home, *FORGET, *AWAY, "--json", "--out", "done")
+    return SimpleNamespace(code=code, document=strict(out), err=err, folder=world.home / "done", patch=Patch.load(world.home / "done" / "patch.safetensors"))
+
+
+def test_what_passes_is_reported_and_loads_without_expunge(world, done):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert world.tokenizer.pad_token is None
+    assert (done.code, done.err) == (0, "")
+    document = done.document
+    assert document["verdict"]["passed"] and document["task"] == "causal_lm" and document["asked"] == "12 records of forget.jsonl"
+    assert document["chosen"]["settings"]["lora"] == 4 and document["tries"][0]["settings"]["scale"] == 8.0
+    stored = strict((done.folder / "report.json").read_text())
+    assert stored["verdict"] == document["verdict"] and stored["tries"] == document["tries"]
+    page = (done.folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "task_vector" in page and "<script" not in page
+    twin = copied(world.model)
+    undo = done.patch.apply(twin)
+    assert document["released"] == "done/released" and (done.folder / "released" / "adapter_model.safetensors").is_file()
+    base = AutoModelForCausalLM.from_pretrained(world.home / "base")
+    assert torch.allclose(nll(world, base), nll(world, world.model), atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        served = PeftModel.from_pretrained(base, str(done.folder / "released")).merge_and_unload()
+    assert torch.allclose(nll(world, served), nll(world, twin), atol=1e-3)
+    assert not torch.allclose(nll(world, served), nll(world, world.model), atol=1e-1)
+    undo.apply(twin)
+    assert torch.equal(nll(world, twin), nll(world, world.model))
+
+
+def test_npo_that_the_gate_refuses_leaves_a_report_and_no_patch(world):
+    code, out, err = call(world.home, *FORGET, *RETAIN, "--test", "test.jsonl", *NPO, "--out", "npo")
+    assert code == 1, err
+    assert "NOT PASSED" in out and "Traceback" not in err
+    assert {p.name for p in (world.home / "npo").iterdir()} - {"checkpoints"} == {"report.html", "report.json"}
+    document = strict((world.home / "npo" / "report.json").read_text())
+    assert not document["verdict"]["passed"] and document["verdict"]["reasons"]
+    (one,) = document["tries"]
+    assert (one["method"], one["outcome"], one["settings"]["lora"]) == ("npo", "ok", 4)
+    assert document["parts"] == {"forget": 12, "retain": 8, "test": 3, "validation": 1}
+    assert {"drop.retain", "drop.test", "membership.loss_auc", "memorised.extraction_strength.forget"} <= set(rows(document))
+
+
+def test_audit_reads_a_patch_and_the_same_weights_alike(world, done):
+    assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "merged", "--json")[0] == 0
+    common = ("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--json")
+    found = {}
+    for words in (("--patch", "done/patch.safetensors"), ("--after", "merged"), ("--after", "base", "--out", "audited")):
+        code, out, err = call(world.home, *common, *words)
+        assert err == ""
+        found[words[1]] = code, strict(out)
+    a, b, nothing = found.values()
+    assert (a[0], b[0], nothing[0]) == (0, 0, 1)
+    assert rows(a[1]).keys() == rows(b[1]).keys()
+    name = "memorised.extraction_strength.forget"
+    assert rows(a[1])[name] == pytest.approx(rows(b[1])[name], abs=1e-4)
+    assert rows(nothing[1])[name] > rows(a[1])[name] + 0.3
+    assert a[1]["tries"][0]["method"] == "task_vector" and b[1]["tries"][0]["method"] == "given"
+    assert {p.name for p in (world.home / "audited").iterdir()} == {"report.html", "report.json"}
+    assert strict((world.home / "audited" / "report.json").read_text())["verdict"] == nothing[1]["verdict"]
+
+
+def test_plan_counts_records_and_says_what_is_missing(world):
+    code, out, err = call(world.home, "plan", "retain.jsonl", "forget.jsonl", "--task", "causal-lm", "--retrain-epochs", "10", "--json")
+    assert (code, err) == (0, "")
+    found = {o["method"]: o for o in strict(out)}
+    good = [o for o in strict(out) if o["feasible"]]
+    assert [o["forward"] + o["backward"] for o in good] == sorted(o["forward"] + o["backward"] for o in good)
+    assert found["npo"]["feasible"] and found["npo"]["share"] == pytest.approx((found["npo"]["forward"] + found["npo"]["backward"]) / 160)
+    assert not found["idk_dpo"]["feasible"] and "split lacks anchor" in found["idk_dpo"]["why"]
+    assert not found["salun"]["feasible"] and "not on causal_lm" in found["salun"]["why"]
+    code, out, _ = call(world.home, "plan", "retain.jsonl", "forget.jsonl", "--task", "causal_lm")
+    assert code == 0 and any(line.startswith("npo ") and "approximate" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize(("form", "file"), [("peft", "adapter_model.safetensors"), ("merged", "model.safetensors"), ("auto", "adapter_model.safetensors")])
+def test_apply_writes_what_other_tools_load(world, done, form, file):
+    code, out, err = call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", form, "--out", f"as-{form}", "--json")
+    assert (code, err) == (0, "")
+    assert strict(out) == {"written": [f"as-{form}"]} and (world.home / f"as-{form}" / file).is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world.home)
+        back, _ = checkpoints.load(f"as-{form}")
+    twin = copied(world.model)
+    done.patch.apply(twin)
+    assert torch.allclose(nll(world, back), nll(world, twin), atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+@pytest.mark.parametrize("model", ["wide", "plain", "merged-once"])
+def test_a_patch_goes_on_no_other_model_in_any_form(world, done, form, model):
+    """Other shapes, the same shapes with other weights, and a model that has it already."""
+    if not (world.home / "merged-once").exists():
+        checkpoints.release(world.model, world.tokenizer, done.patch, world.home / "merged-once", form="merged")
+    before = contents(world.home)
+    code, out, err = call(world.home, "apply", "done/patch.safetensors", "--model", model, "--form", form, "--out", "wrong")
+    assert code == 2 and out == "" and len(err.strip().splitlines()) == 1
+    assert "another model" in err
+    assert contents(world.home) == before
+
+
+def test_inspect_shows_low_rank_edits_and_guards(world, done):
+    code, out, err = call(world.home, "inspect", "done/patch.safetensors", "--json")
+    assert (code, err) == (0, "")
+    found = strict(out)
+    assert found["meta"]["method"] == "task_vector" and found["digest"] == done.patch.digest
+    assert {e["kind"] for e in found["edits"]} == {"LowRank"} and len(found["edits"]) == 14
+    assert isinstance(world.guard.edits[0], Hook)
+    code, out, err = call(world.home, "inspect", "guard.safetensors", "--json")
+    assert (code, err) == (0, "")
+    found = strict(out)
+    assert [(e["kind"], e["name"]) for e in found["edits"]] == [("Hook", world.guard.edits[0].name)]
+    assert found["digest"] == world.guard.digest and found["meta"]["assurance"] == "suppression"
+    code, out, _ = call(world.home, "inspect", "guard.safetensors")
+    assert code == 0 and "guardrail-input-" in out and "Hook" in out
+
+
+def test_a_guard_that_passes_is_reported_and_not_merged(world):
+    """The gate passed: the report is printed and the exit code says so, though there are no weights to release."""
+    code, out, err = call(world.home, *FORGET, "--method", "guardrail", "--json", "--out", "guarded")
+    assert code == 0, err
+    document = strict(out)
+    assert document["verdict"]["passed"] and document["assurance"] == "suppression" and "released" not in document
+    assert (world.home / "guarded" / "patch.safetensors").is_file() and not (world.home / "guarded" / "released").exists()
+
+
+def test_raw_texts_are_cut_into_windows(world):
+    words = ("forget", *TEXTS, "--forget", "raw.jsonl", *RETAIN, "--quick", "--max-length", "32", *NPO[:-1], "1", "--json", "--out", "raw")
+    code, out, err = call(world.home, *words)
+    assert code in (0, 1), err
+    document = strict(out)
+    lengths = [len(world.tokenizer(json.loads(line)["text"])["input_ids"]) for line in (world.home / "raw.jsonl").read_text().splitlines()]
+    assert document["parts"]["forget"] == sum(n // 31 + (n % 31 >= 5) for n in lengths) > len(lengths) + 1
+    assert document["tries"][0]["outcome"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((*RETAIN, *NPO, "--layers", "nope"), "no linear layer fits 'nope'; the model's linear layers are named down_proj, gate_proj, k_proj"),
+        ((*RETAIN, "--method", "idk_dpo", "--anchor", "others.jsonl"), "its record 1 is on another question"),
+        (NPO, "retain=ce needs retain data"),
+    ],
+)
+def test_what_a_method_refuses_stands_in_the_report(world, tmp_path, words, reason):
+    code, out, err = call(world.home, *FORGET, *words, "--json", "--out", str(tmp_path / "refused"))
+    assert code == 1, err
+    document = strict(out)
+    assert [t["outcome"] for t in document["tries"]] == ["refused"]
+    assert any(reason in why for why in document["verdict"]["reasons"])
+    assert not (tmp_path / "refused" / "patch.safetensors").exists()
+
+
+BAD = [
+    (("forget", *TEXTS, "--forget", "empty.jsonl"), "line 3 of empty.jsonl has an empty or missing answer"),
+    (("forget", *TEXTS, "--forget", "long.jsonl", "--max-length", "40"), "forget, record 2: no token to train within max_length=40"),
+    (("forget", *TEXTS, "--forget", "broken.jsonl"), "line 2 of broken.jsonl is not JSON"),
+    ((*FORGET, "--retain", "twice.jsonl"), "record 3 of forget also stands in retain (record 2)"),
+    ((*FORGET, "--test", "forget.jsonl"), "record 1 of forget also stands in test (record 1)"),
+    (("forget", *TEXTS, "--forget", "none.jsonl"), "cannot read none.jsonl"),
+    (("forget", *TEXTS, "--forget", ""), "no forget file"),
+    ((*FORGET, "--retain", "none.jsonl"), "cannot read none.jsonl"),
+    (("forget", "--task", "causal-lm", "--model", "nowhere", "--forget", "forget.jsonl"), "no folder nowhere"),
+    (("forget", "--task", "causal-lm", "--model", "pickled", "--forget", "forget.jsonl"), "pickles can run code"),
+    (("forget", "--task", "causal-lm", "--model", "slow", "--forget", "forget.jsonl"), "has no fast tokenizer"),
+    (("forget", "--task", "causallm", "--model", "base", "--forget", "forget.jsonl"), "causal-lm"),
+    ((*FORGET, *RETAIN, "--method", "npo", "--lorra", "4"), "did you mean 'lora'"),
+    ((*FORGET, *RETAIN, "--method", "npoo"), "no method 'npoo'; did you mean 'npo'"),
+    ((*FORGET, *RETAIN, "--method", "salun"), "salun works on"),
+    ((*FORGET, "--method", "idk_dpo"), "split lacks anchor"),
+    ((*FORGET, *RETAIN, "--method", "npo", "--lora", "much"), "npo's lora must be int, not 'much'"),
+    ((*FORGET, "--mask", "answr"), "did you mean 'answer'"),
+    ((*FORGET, "--template", "chatt"), "template must be plain, chat or a text with {question} in it, not 'chatt'"),
+    ((*FORGET, "--template", "chat"), "the tokenizer has no chat template"),
+    ((*FORGET, "--dtype", "float64"), "dtype must be one of auto, float32, bfloat16, not 'float64'"),
+    ((*FORGET, *AWAY, "--form", "gguf"), "form must be one of auto, merged, peft, not 'gguf'"),
+    ((*FORGET, *AWAY, "--max-length", "-5"), "max_length"),
+    ((*FORGET, *AWAY, "--reference", "nowhere"), "no folder nowhere"),
+    ((*FORGET, *AWAY, "--reference", "words"), "300"),
+    (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--after", "words"), "300"),
+    (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--after", "nowhere"), "no folder nowhere"),
+    (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick"), "name either --patch or --after"),
+    (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--patch", "base/model.safetensors"), "no expunge patch"),
+    (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base"), "inference-time guard"),
+    (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base", "--form", "gguf"), "form must be one of"),
+    (("apply", "forget.jsonl", "--model", "base", "--out", "nothing"), "forget.jsonl is no patch"),
+    (("plan", "retain.jsonl", "none.jsonl", "--task", "causal-lm"), "cannot read none.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[f"{k}-{m[:40]}" for k, (_, m) in enumerate(BAD)])
+def test_bad_input_is_one_line_and_writes_nothing(world, words, message):
+    before = contents(world.home)
+    code, out, err = call(world.home, *words)
+    assert contents(world.home) == before
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1 and err.strip().startswith("expunge: ")
+    assert message in err
+
+
+def test_every_setting_can_be_given_though_an_option_has_its_name(world, tmp_path):
+    """`--retain` names a file; npo's own `retain` is `--npo.retain`. The same holds wherever an option of the command hides a setting."""
+    options = set(inspect.signature(cli.forget).parameters)
+    hidden = [(m.name, s) for m in METHODS.values() for s in m.defaults if s in options]
+    assert ("npo", "retain") in hidden and ("influence", "form") in hidden
+    for name, setting in hidden:
+        value = METHODS[name].defaults[setting]
+        assert cli.settings(name, [f"--{name}.{setting.replace('_', '-')}", str(value)])[setting] == value
+    code, out, err = call(world.home, *FORGET, *NPO, "--npo.retain", "none", "--json", "--out", str(tmp_path / "own"))
+    assert code in (0, 1), err
+    (one,) = strict(out)["tries"]
+    assert (one["outcome"], one["settings"]["retain"]) == ("ok", "none")
+
+
+def test_shadow_models_of_texts_work_or_are_refused_in_one_line(world, done):
+    common = ("audit", *TEXTS, "--forget", "forget.jsonl", *RETAIN, "--test", "test.jsonl", "--patch", "done/patch.safetensors", "--quick", "--json")
+    code, out, err = call(world.home, *common, "--shadows", "4", "--training", "epochs=1 batch_size=16 lr=0.01", "--unlearn-shadows", "2")
+    assert code in (0, 1, 2)
+    assert strict(out) if code < 2 else len(err.strip().splitlines()) == 1
+
+
+def test_auto_takes_the_chat_template_where_there_is_one(world):
+    files = {"forget": str(world.home / "forget.jsonl"), "test": str(world.home / "test.jsonl")}
+    for folder, expected in (("chatty", "chat"), ("base", "plain")):
+        model, tokenizer, task, split = texts.prepare(world.home / folder, files)
+        assert split.forget.format.template == expected
+        assert tokenizer.decode(split.forget.tokens[0]).startswith({"chat": "User: ", "plain": "Question: "}[expected])
+        assert split.forget.format.max_length == 256 and task.name == "causal_lm" and model.training is False
+        assert (len(split.test), len(split.validation)) == (3, 1)
+        split.check()
