@@ -381,7 +381,7 @@ def test_preflight_names_foreign_tokens_and_long_texts():
     with pytest.raises(SplitError, match="forget holds token 5000; the model knows 400"):
         unlearn("npo", model, task, Split(big, split.retain))
     long = Texts((torch.ones(300, dtype=torch.long),), (torch.ones(300, dtype=torch.bool),), torch.tensor([99]), ({},))
-    with pytest.raises(SplitError, match="forget holds a text of 300 tokens; the model's context is 256"):
+    with pytest.raises(SplitError, match="forget holds a text of 300 tokens; the context of the model is 256"):
         unlearn("npo", model, task, Split(long, split.retain))
     attempt = unlearn("npo", model, task, split, retain="mse")
     assert attempt.outcome == "refused" and "retain must be one of ce, kl, none, not 'mse'" in attempt.reason

@@ -22,7 +22,6 @@ from expunge.guard import Guard, watching
 from expunge.losses.language import kept
 from expunge.memorise import extraction_likelihood, full, memorisation_accuracy, memorised, overlap_n
 from expunge.methods.adversarial_target import adversaries, runner_up
-from expunge.tuning import each_retained, retain_batches
 from expunge.methods.flat import DIVERGENCES, RELEASED, adjusted, likelihood
 from expunge.methods.idk_nll import answered
 from expunge.methods.random_target import draw, relabelled
@@ -31,7 +30,7 @@ from expunge.run import Attempt, unlearn
 from expunge.scopes.lora import lora
 from expunge.session import scratch
 from expunge.tasks.causal_lm import causal_lm, padded, with_targets
-from expunge.tuning import Tuning
+from expunge.tuning import Tuning, each_retained, retain_batches
 from expunge.types import IGNORE, Out, Split, Task, Texts
 from expunge.updates.descend import descend
 

@@ -116,7 +116,8 @@ def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, 
 
     form   merged: the whole model with the patch in it; peft: an ordinary PEFT adapter folder; auto: peft where the patch is low rank throughout
     base   where the model was loaded from, for the adapter's own record
-    Raises ModelError for form=peft with a patch that is not low rank, or that holds inference-time guards: those are no weights.
+    Raises PatchError for a patch that was made for another model, ModelError for form=peft with a patch that is not low rank, or for
+    one that holds inference-time guards: those are no weights.
     """
     if form not in FORMS:
         raise ModelError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
@@ -125,13 +126,13 @@ def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, 
         raise ModelError("this patch is an inference-time guard and changes no weight: serve the model with it (expunge.wraps), there is nothing to merge")
     if form == "peft" and not low:
         raise ModelError("this patch replaces weights, it is no LoRA: use form=merged, or run the method with lora=16")
+    twin = copy.deepcopy(model)
+    patch.apply(twin)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if low and form != "merged":
             _adapter(patch, out, base)
         else:
-            twin = copy.deepcopy(model)
-            patch.apply(twin)
             with _quietly():
                 twin.save_pretrained(out)  # pyright: ignore
                 tokenizer.save_pretrained(out)

@@ -72,7 +72,8 @@ def show(document: Any, as_json: bool) -> None:
 
 
 def settings(method: str, extra: list[str]) -> dict[str, Any]:
-    """`--keep 0.3 --soft` after a method -> its settings; raises SettingError with the nearest name."""
+    """`--keep 0.3 --soft` after a method -> its settings; raises SettingError with the nearest name. `--npo.retain none` names the method's own retain,
+    where the command has an option of that name."""
     from expunge.errors import SettingError
     from expunge.registry import METHODS
 
@@ -82,7 +83,7 @@ def settings(method: str, extra: list[str]) -> dict[str, Any]:
         word = words.pop(0)
         if not word.startswith("--"):
             raise SettingError(f"cannot read '{word}'; write settings as --name value")
-        found[word[2:].replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
+        found[word[2:].removeprefix(f"{method}.").replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
     if found and not method:
         raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
     return METHODS[method].settings(found) if found else {}
@@ -180,13 +181,16 @@ def forget(
     """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3).
 
     Texts: expunge forget --task causal-lm --model DIR --forget f.jsonl --retain r.jsonl --method npo --lora 16; what comes out is loaded without expunge.
+    A setting that is called like an option of this command is written with its method: --npo.retain none.
     """
     from expunge import checkpoints, models, texts
     from expunge import plan as planner
+    from expunge.patch import Hook
     from expunge.recipe import prepare
 
     given = {method: settings(method, context.args)} if context.args else {}
     settings(method, context.args)
+    _options(task, form, {"retain": retain, "anchor": anchor, "general": general})
     tokenizer = None
     if task in TEXT:
         files = {"forget": forget, "retain": retain, "test": test, "validation": validation, "anchor": anchor, "general": general}
@@ -203,12 +207,29 @@ def forget(
             retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, slow=not quick, progress=progress,
         )  # fmt: skip
     document = verdict.save(out, f"Forget {split.asked or forget}", _key(key_file))
-    if tokenizer is not None and verdict.chosen is not None:
+    guarded = verdict.chosen is not None and any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits)
+    if tokenizer is not None and verdict.chosen is not None and not guarded:
         document["released"] = str(checkpoints.release(net, tokenizer, verdict.chosen.attempt.patch, Path(out) / "released", form=form, base=model))
     show(document, as_json)
     if not as_json and "released" in document:
         print(f"wrote {document['released']}, which loads without expunge")
+    if not as_json and guarded:
+        print(f"{out}/patch.safetensors is an inference-time guard and changes no weight: serve the model with it (expunge.serve)")
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _options(task: str, form: str, files: dict[str, str]) -> None:
+    """Raises SettingError for an unknown task or form, and for options of texts with another task."""
+    from expunge.checkpoints import FORMS
+    from expunge.errors import SettingError, suggest
+
+    known = ("classification", "regression", "causal-lm")
+    if task not in (*known, *TEXT):
+        raise SettingError(suggest("no task", task, known))
+    if form not in FORMS:
+        raise SettingError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
+    if task not in TEXT and (given := [name for name, value in files.items() if value]):
+        raise SettingError(f"--{given[0]} is a file of texts; for a setting of the method write --METHOD.{given[0]} VALUE")
 
 
 def _needs(value: str, name: str) -> None:
@@ -255,6 +276,9 @@ def audit(
 
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
+    _options(task, "auto", {"retain": retain, "anchor": anchor, "general": general})
+    if task in TEXT and shadows:
+        raise SettingError("shadow models are for classification and regression")
     found = Patch.load(patch, _key(key_file)) if patch else None
     if task in TEXT:
         files = {"forget": forget, "retain": retain, "test": test, "validation": validation, "anchor": anchor, "general": general}

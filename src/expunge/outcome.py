@@ -17,7 +17,7 @@ from expunge.audits.core import Probe, Row, audit
 from expunge.audits.named import Named, grouped, named
 from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
 from expunge.registry import CHECKS, METHODS
-from expunge.run import Attempt, model_digest, preflight, unlearn
+from expunge.run import Attempt, check_texts, model_digest, preflight, unlearn
 from expunge.types import Split, Task, Texts
 
 TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
@@ -177,6 +177,9 @@ def audited(
     slow       False leaves out checks and baselines that train, but for those the gate reads
     """
     preflight(before, task, split)
+    for which, model in (("the model after", after), *((f"reference {k}", r) for k, r in enumerate(references, 1))):
+        if isinstance(split.forget, Texts):
+            check_texts(model, split, which)
     p = Probe(before, after, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))

@@ -18,7 +18,7 @@ from expunge.errors import ExpungeError
 from expunge.guard import Guard, Meter
 from expunge.outcome import Try, Verdict, baselines, examined, patched, remarks
 from expunge.registry import METHODS
-from expunge.run import preflight, unlearn
+from expunge.run import check_texts, preflight, unlearn
 from expunge.training import pace
 from expunge.types import Split, Task, Texts
 
@@ -139,6 +139,9 @@ def forget(
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
     preflight(model, task, split)
+    for number, reference in enumerate(references, 1):
+        if isinstance(split.forget, Texts):
+            check_texts(reference, split, f"reference {number}")
     for name in methods:
         METHODS[name].check(task, split)
     p = Probe(model, model, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)

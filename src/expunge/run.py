@@ -116,10 +116,11 @@ def preflight(model: nn.Module, task: Task, split: Split) -> None:
         if task.name == "classification":
             _check_labels(model, task, split)
         if task.name == "causal_lm":
-            _check_texts(model, split)
+            check_texts(model, split)
 
 
-def _check_texts(model: nn.Module, split: Split) -> None:
+def check_texts(model: nn.Module, split: Split, which: str = "the model") -> None:
+    """Raises SplitError for parts that are no Texts, or that hold tokens or lengths which the model (named by `which`) cannot take."""
     config = getattr(model, "config", None)
     known, context = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
     for name, part in split.parts().items():
@@ -127,9 +128,9 @@ def _check_texts(model: nn.Module, split: Split) -> None:
             raise SplitError(f"{name} must be Texts (see data.text), not {type(part).__name__}")
         top, longest = max(int(t.max()) for t in part.tokens), max(len(t) for t in part.tokens)
         if known is not None and top >= known:
-            raise SplitError(f"{name} holds token {top}; the model knows {known}: is this its tokenizer?")
+            raise SplitError(f"{name} holds token {top}; {which} knows {known}: is this its tokenizer?")
         if context is not None and longest > context:
-            raise SplitError(f"{name} holds a text of {longest} tokens; the model's context is {context}: lower max_length")
+            raise SplitError(f"{name} holds a text of {longest} tokens; the context of {which} is {context}: lower max_length")
 
 
 def _check_labels(model: nn.Module, task: Task, split: Split) -> None:

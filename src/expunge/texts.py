@@ -1,4 +1,4 @@
-"""A language request from files: model folder, forget, retain and the other parts as JSON lines -> model, task, split. What command line and recipes share."""
+"""A language request from files: model folder, forget, retain and the other parts as JSON lines -> model, task, split. What the command line starts from."""
 
 from __future__ import annotations
 

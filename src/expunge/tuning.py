@@ -220,7 +220,7 @@ def tune(
     data = split.forget if data is None else data
     wants = tuning.retain != "none" and tuning.alpha != 0
     if wants and split.retain is None:
-        raise SplitError(f"retain={tuning.retain} needs retain data; give some, or set retain=none")
+        raise SplitError(f"retain={tuning.retain} needs retain data; give some, or set retain=none (on the command line --METHOD.retain none)")
     streams: dict[str, Any] = {}
     losses: dict[str, Callable[[Batch], Tensor]] = {}
     forgets = task.batches(data, tuning.batch_size, epochs=tuning.epochs, seed=seed)

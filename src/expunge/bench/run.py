@@ -56,7 +56,7 @@ quarter of retraining's steps."""
 
 def retrain_passes(w: World, scenario: str) -> float:
     """Examples forward plus backward that retraining takes in this world."""
-    return 2.0 * w.recipe["epochs"] * len(w.split(scenario).retain)
+    return 2.0 * w.recipe["epochs"] * (len(w.split(scenario).retain) + (0 if w.extra is None else len(w.extra)))
 
 
 def cells(w: World, methods: Sequence[str], scenarios: Sequence[str], seeds: Iterable[int]) -> Iterable[tuple[str, str, int]]:

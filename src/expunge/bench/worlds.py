@@ -69,7 +69,18 @@ class World:
     def digest(self) -> str:
         """Names the cache folder: data, architecture and recipe."""
         shapes = {n: list(p.shape) for n, p in self.build().named_parameters()}
-        doc = json.dumps([self.name, self.train.digest, self.test.digest if self.test is not None else "", shapes, self.recipe, RECIPE_VERSION], sort_keys=True)
+        doc = json.dumps(
+            [
+                self.name,
+                self.train.digest,
+                self.test.digest if self.test is not None else "",
+                shapes,
+                self.recipe,
+                RECIPE_VERSION,
+                *([] if self.extra is None else [self.extra.digest]),
+            ],
+            sort_keys=True,
+        )
         return hashlib.sha256(doc.encode()).hexdigest()[:12]
 
     def split(self, scenario: str) -> Split:

@@ -46,6 +46,8 @@ class Format:
     system: str = ""
 
     def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise DataError(f"max_length must be 2 or larger, not {self.max_length}")
         if self.mask not in MASKS:
             raise DataError(suggest("no mask", self.mask, MASKS))
         if not getattr(self.tokenizer, "is_fast", False):
