@@ -401,7 +401,6 @@ def apply(
         written = checkpoints.release(net, tokenizer, Patch.load(patch, _key(key_file)), out, form=form, base=model)
         print(json.dumps({"written": [str(written)]}) if as_json else f"wrote {written}")
         return
-    _needs(weights, "--weights")
     _apply(patch, model, weights, out, key_file, as_json, undo=True)
 
 
