@@ -63,7 +63,7 @@ def small_language(moe: bool = False) -> tuple[nn.Module, Task, Split]:
 @functools.lru_cache
 def small_authors(moe: bool = False) -> tuple[nn.Module, Task, Split]:
     """A tiny Llama (or Mixtral) that was taught generated authors until it recalls most of them: some five seconds."""
-    w = language.generated("authors-moe" if moe else "authors", n=8, per=6)
+    w = language.generated("authors-moe" if moe else "authors", n=8, per=6, canon=0, lands=48)
     w = replace(w, recipe={**w.recipe, "epochs": 40, "batch_size": 8})
     return w.original(0), w.task, w.split("forget10")
 

@@ -53,14 +53,14 @@ def build(name: str, parts: dict[str, Rows], refusals: list[str], recipe: dict[s
     return World(name, causal_lm(tokenizer), make, train, split.validation, split.test, recipe, asked={"forget10": split}, extra=found["general"])
 
 
-def generated(name: str, n: int = 20, per: int = 10) -> World:
+def generated(name: str, n: int = 20, per: int = 10, *, canon: int = 72, lands: int = 80) -> World:
     """n generated authors of `per` questions, the last tenth to be forgotten; 4 more are held out and 2 for validation. Retain holds the other authors and
-    an invented canon of writers, general facts about invented lands."""
+    `canon` facts about an invented canon of writers, general `lands` facts about invented lands."""
     rows = authors.authors(n + 6, per=per)
     gone, cut = max(1, n // 10) * per, n * per
     parts = {"forget": rows[cut - gone : cut], "retain": rows[: cut - gone], "holdout": rows[cut : cut + 4 * per], "validation": rows[cut + 4 * per :]}
-    parts["retain"] += authors.general(72)
-    parts["general"] = authors.world_facts(80)
+    parts["retain"] += authors.general(canon)
+    parts["general"] = authors.world_facts(lands)
     recipe = {"epochs": 40, "batch_size": 16, "lr": 3e-3, "optimizer": "adamw", "schedule": "cosine", "warmup": 0.1, "clip": 1.0}
     shape = {"width": 64, "layers": 3, "context": 256}
     return build(name, parts, authors.refusals(), recipe, shape, 900)
