@@ -420,6 +420,7 @@ def test_a_folder_comes_in_and_what_goes_out_loads_without_expunge(tmp_path):
         twin = copy.deepcopy(model)
         attempt.patch.apply(twin)
         back, _ = checkpoints.load(out)
+        assert all(p.requires_grad for p in back.parameters())
         with torch.no_grad():
             torch.testing.assert_close(task.forward(back, batch).nll, task.forward(twin, batch).nll, rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="this patch replaces weights, it is no LoRA"):

@@ -106,7 +106,8 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
         raise ModelError(f"{folder.name} holds no adapter_model.safetensors")
     try:
         with _quietly():
-            return PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()  # pyright: ignore
+            merged: nn.Module = PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()  # pyright: ignore
+            return merged.requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot put adapter {folder.name} on the model: {str(error).strip().splitlines()[0]}") from None
 

@@ -229,7 +229,7 @@ def _options(task: str, form: str, files: dict[str, str]) -> None:
     if form not in FORMS:
         raise SettingError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
     if task not in TEXT and (given := [name for name, value in files.items() if value]):
-        raise SettingError(f"--{given[0]} is a file of texts; for a setting of the method write --METHOD.{given[0]} VALUE")
+        raise SettingError(f"--{given[0]} is a file of texts, for --task causal-lm; for a setting of the method write --METHOD.{given[0]} VALUE")
 
 
 def _needs(value: str, name: str) -> None:
