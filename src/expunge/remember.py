@@ -79,18 +79,35 @@ def sequence_nll(model: nn.Module, task: Task, data: Texts, size: int = 16) -> T
     return recall("sequence_nll", model, data, make)["nll"]
 
 
-def token_logp(model: nn.Module, task: Task, data: Texts, size: int = 16) -> tuple[Tensor, ...]:
-    """N vectors (T_i,): log p_ref of each target token."""
-    counts = [int(t[1:].sum()) for t in data.targets]
+def per_token(
+    what: str, model: nn.Module, task: Task, data: Texts,
+    pick: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]], rows: Tensor | None = None, size: int = 16,
+) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
+    """Name -> N tensors (T_i, ...): what `pick` makes of an example's target tokens, from logits (T_i, V), labels (T_i,) and
+    losses (T_i,), kept under `what`. Examples that are not among `rows` have empty ones."""
+    chosen = torch.arange(len(data)) if rows is None else rows
+    counts = torch.zeros(len(data), dtype=torch.long)
+    counts[chosen] = torch.tensor([int(data.targets[j][1:].sum()) for j in chosen.tolist()])
 
     def make() -> dict[str, Tensor]:
-        found: list[Any] = [None] * len(data)
-        for rows, _, out in passes(model, task, data, size):
-            for r, k in enumerate(rows.tolist()):
-                found[k] = -out.units[r][kept(out)[r]].float().cpu()
-        return {"logp": torch.cat(found)}
+        found: dict[int, dict[str, Tensor]] = {}
+        for positions, _, out in passes(model, task, data, size, chosen):
+            for r, j in enumerate(positions.tolist()):
+                mask = kept(out)[r]
+                found[j] = pick(out.logits[r][mask], out.labels[r][mask], out.units[r][mask])
+        each = [found[j] for j in sorted(found)]
+        return {name: torch.cat([values[name].cpu() for values in each]) for name in each[0]}
 
-    return recall("token_logp", model, data, make)["logp"].split(counts)
+    return {name: values.split(counts.tolist()) for name, values in recall(f"{what}/{_which(rows)}", model, data, make).items()}
+
+
+def _which(rows: Tensor | None) -> str:
+    return "all" if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+
+
+def token_logp(model: nn.Module, task: Task, data: Texts, size: int = 16) -> tuple[Tensor, ...]:
+    """N vectors (T_i,): log p_ref of each target token."""
+    return per_token("token_logp", model, task, data, lambda logits, labels, units: {"logp": -units.float()}, size=size)["logp"]
 
 
 @dataclass(frozen=True)
@@ -107,24 +124,14 @@ class Top:
 
 def top_logits(model: nn.Module, task: Task, data: Texts, k: int, rows: Tensor | None = None, size: int = 16) -> Top:
     """Log-probabilities of the k likeliest tokens (all of the vocabulary for k = 0) at each target token of the examples `rows`."""
-    chosen = torch.arange(len(data)) if rows is None else rows
-    counts = torch.zeros(len(data), dtype=torch.long)
-    counts[chosen] = torch.tensor([int(data.targets[j][1:].sum()) for j in chosen.tolist()])
 
-    def make() -> dict[str, Tensor]:
-        index: list[Any] = [None] * len(data)
-        logp: list[Any] = [None] * len(data)
-        for found, _, out in passes(model, task, data, size, chosen):
-            width = out.logits.shape[-1]
-            best = F.log_softmax(out.logits.float(), -1).topk(min(k or width, width), -1)
-            for r, j in enumerate(found.tolist()):
-                mask = kept(out)[r]
-                index[j], logp[j] = best.indices[r][mask].int().cpu(), best.values[r][mask].cpu()
-        return {"index": torch.cat([v for v in index if v is not None]), "logp": torch.cat([v for v in logp if v is not None])}
+    def best(logits: Tensor, labels: Tensor, units: Tensor) -> dict[str, Tensor]:
+        width = logits.shape[-1]
+        top = F.log_softmax(logits.float(), -1).topk(min(k or width, width), -1)
+        return {"index": top.indices.int(), "logp": top.values}
 
-    kept_rows = "all" if rows is None else hashlib.sha256(chosen.numpy().tobytes()).hexdigest()[:16]
-    found = recall(f"top_logits/{k}/{kept_rows}", model, data, make)
-    return Top(found["index"].split(counts.tolist()), found["logp"].split(counts.tolist()))
+    found = per_token(f"top_logits/{k}", model, task, data, best, rows, size)
+    return Top(found["index"], found["logp"])
 
 
 def hidden_states(model: nn.Module, task: Task, data: Texts, layer: str, rows: Tensor | None = None, size: int = 16) -> list[Tensor]:
@@ -144,5 +151,4 @@ def hidden_states(model: nn.Module, task: Task, data: Texts, layer: str, rows: T
                     states[j] = found[r, : len(data.tokens[j])]
         return {"states": torch.cat([s for s in states if s is not None])}
 
-    name = "all" if rows is None else hashlib.sha256(chosen.numpy().tobytes()).hexdigest()[:16]
-    return list(recall(f"hidden/{layer}/{name}", model, data, make)["states"].split(counts.tolist()))
+    return list(recall(f"hidden/{layer}/{_which(rows)}", model, data, make)["states"].split(counts.tolist()))

@@ -16,16 +16,13 @@ Check
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from expunge.losses.language import kept
 from expunge.methods.random_target import relabelled
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.remember import passes, recall
+from expunge.remember import per_token
 from expunge.tuning import Tuning, cost, tune
 from expunge.types import Split, Task, Texts
 
@@ -37,17 +34,8 @@ def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
 
 def adversaries(model: nn.Module, task: Task, data: Texts, size: int = 16) -> tuple[Tensor, ...]:
     """N vectors (T_i,): the runner-up at each target, under the model as it is."""
-    counts = [int(t[1:].sum()) for t in data.targets]
-
-    def make() -> dict[str, Tensor]:
-        found: list[Any] = [None] * len(data)
-        for rows, _, out in passes(model, task, data, size):
-            for r, k in enumerate(rows.tolist()):
-                mask = kept(out)[r]
-                found[k] = runner_up(out.logits[r][mask], out.labels[r][mask]).int().cpu()
-        return {"labels": torch.cat(found)}
-
-    return recall("adversaries", model, data, make)["labels"].split(counts)
+    pick = lambda logits, labels, units: {"labels": runner_up(logits, labels).int()}  # noqa: E731
+    return per_token("adversaries", model, task, data, pick, size=size)["labels"]
 
 
 @method(
