@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +18,8 @@ from expunge.errors import ScopeError, SplitError
 from expunge.guard import Guard
 from expunge.run import unlearn
 
-RUN = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from worlds import small
-from expunge.run import unlearn
-model, task, split = small("classification")
-a = unlearn("salun", model, task, split, seed=2, epochs={epochs}, batch_size=4, folder={folder!r}, checkpoint_every=3)
-print(a.patch.digest)
-"""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["warm"])
 
 
 def test_diverged_rolls_back():
@@ -148,6 +140,30 @@ def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_half_precision_resumes_with_its_masters(tmp_path, monkeypatch):
+    """The float32 masters of bfloat16 weights are part of a checkpoint: the weights alone would resume from rounded values."""
+    from expunge.journal import Journal
+
+    def half() -> tuple:
+        model, task, split = small("classification")
+        model.bfloat16()
+        forward = lambda m, b: task.forward(m, {**b, "x": b["x"].bfloat16()})  # noqa: E731
+        return model, replace(task, forward=forward), split
+
+    whole = unlearn("gradient_ascent", *half(), epochs=4, batch_size=2, lr=1e-3)
+    close = Journal.close
+
+    def stop(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "close", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn("gradient_ascent", *half(), epochs=4, batch_size=2, lr=1e-3, folder=tmp_path, checkpoint_every=3)
+    monkeypatch.setattr(Journal, "close", close)
+    again = unlearn("gradient_ascent", *half(), epochs=4, batch_size=2, lr=1e-3, folder=tmp_path, checkpoint_every=3)
+    assert again.patch is not None and whole.patch is not None and again.patch.digest == whole.patch.digest
+
+
 def test_another_runs_folder_is_refused(tmp_path, monkeypatch):
     from expunge.journal import Journal
 
@@ -162,35 +178,47 @@ def test_another_runs_folder_is_refused(tmp_path, monkeypatch):
 
 def kills(folder: Path, times: int, epochs: int = 12) -> None:
     """SIGKILL a run at random moments, `times` times, each followed by a resume; every result equals the uninterrupted one."""
+    from forked import salun
+
     rng = random.Random(0)
 
-    def start(where: Path, e: int = epochs) -> subprocess.Popen:
-        code = RUN.format(tests=str(Path(__file__).parent), folder=str(where), epochs=e)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    def start(where: Path, e: int = epochs) -> Any:
+        child = FORKS.Process(target=salun, args=(e, where.with_suffix(".digest"), where))
+        child.start()
+        return child
 
-    whole = start(folder / "whole").communicate()[0].strip()
-    control = start(folder / "control", epochs + 1).communicate()[0].strip()
+    def end(where: Path, child: Any) -> str:
+        child.join()
+        return where.with_suffix(".digest").read_text()
+
+    whole, control = (end(where, child) for where, child in [(folder / n, start(folder / n, e)) for n, e in (("whole", epochs), ("control", epochs + 1))])
     assert whole != control and len(whole) == 64
     killed = 0
     for k in range(times):
         where = folder / str(k)
         child = start(where)
         deadline = time.time() + 60
-        while not list(where.glob("step-*")) and child.poll() is None and time.time() < deadline:
+        while not list(where.glob("step-*")) and child.is_alive() and time.time() < deadline:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.6)
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
+        if child.is_alive():
+            child.kill()
             killed += 1
-        child.communicate()
-        assert start(where).communicate()[0].strip() == whole
+        child.join()
+        assert end(where, start(where)) == whole
     assert killed >= times // 2
 
 
-def test_sigkill_and_resume(tmp_path):
+@pytest.fixture
+def found(monkeypatch):
+    """The fork server finds the tests' own modules."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+
+def test_sigkill_and_resume(tmp_path, found):
     kills(tmp_path, 1)
 
 
 @pytest.mark.slow
-def test_sigkill_twenty_times(tmp_path):
+def test_sigkill_twenty_times(tmp_path, found):
     kills(tmp_path, 20)

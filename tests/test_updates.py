@@ -47,6 +47,29 @@ def test_quadratic_has_the_known_answer():
     assert w.grad is None
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_small_steps_of_half_precision_weights_add_up(optimizer):
+    """In bfloat16, 1 - 0.001 rounds to 1, so 64 such steps on their own leave the weight where it was; taken on float32 masters they move it by 0.064."""
+    model = Point(1.0).bfloat16()
+    assert float(model.w.detach() - 0.001) == 1
+    descend(scratch(model), lambda _: model.w.sum(), range(64), lr=0.001, optimizer=optimizer)
+    assert model.w.dtype == torch.bfloat16 and model.w.grad is None
+    assert float(model.w.detach()) == pytest.approx(1 - 0.064, abs=0.004)
+
+
+def test_what_is_written_to_a_half_precision_weight_stands():
+    """A proximal step between two gradient steps is not undone by the masters."""
+    model = Point(1.0).bfloat16()
+
+    def after(step: int) -> None:
+        if step == 0:
+            with torch.no_grad():
+                model.w.fill_(-2.0)
+
+    descend(scratch(model), lambda _: model.w.sum(), range(2), lr=0.25, after=after)
+    assert float(model.w.detach()) == -2.25
+
+
 def test_momentum_and_decay_have_the_known_answer():
     """SGD: v <- mu v + g + wd w; w <- w - lr v, written out by hand for three steps."""
     session, w = point(2.0)

@@ -83,7 +83,8 @@ def small(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
     if task_name == "causal_lm":
         model, task, split = small_language(moe)
         return copy.deepcopy(model), task, split
-    _, task, split = toy(task_name)
+    w = world("digits" if task_name == "classification" else "diabetes")
+    task, split = w.task, w.split("class")
     torch_rng = torch.get_rng_state()
     torch.manual_seed(1)
     if task_name == "classification":

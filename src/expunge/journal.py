@@ -55,8 +55,10 @@ class Journal:
             return
         tensors = _state(session, watch)
         numbers: dict[str, Any] = {}
-        for k, p in enumerate(session.params.values()):
-            for name, value in stepper.state.get(p, {}).items():
+        for k, (p, steered) in enumerate(zip(session.params.values(), stepper.param_groups[0]["params"], strict=True)):
+            if steered is not p:
+                tensors[f"master.{k}"] = steered
+            for name, value in stepper.state.get(steered, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"opt.{k}.{name}"] = value.detach()
                 elif value is not None:
@@ -122,11 +124,13 @@ class Journal:
         if doc["best"] is not None:
             watch.best = (doc["best"], {n[5:]: t for n, t in tensors.items() if n.startswith("best.")})
         if stepper is not None:
-            params = list(session.params.values())
+            params = stepper.param_groups[0]["params"]
             for key, value in doc["numbers"].items():
                 k, name = key.split(".", 1)
                 stepper.state[params[int(k)]][name] = value
             for key, value in tensors.items():
+                if key.startswith("master."):
+                    params[int(key[7:])].copy_(value)
                 if key.startswith("opt."):
                     _, k, name = key.split(".", 2)
                     stepper.state[params[int(k)]][name] = value.to(params[int(k)].device if value.ndim else "cpu")

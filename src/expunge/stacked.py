@@ -18,7 +18,7 @@ from expunge import guard
 from expunge.errors import SettingError
 from expunge.session import Bound
 from expunge.types import Examples, Task
-from expunge.updates.descend import SCHEDULES, optimiser
+from expunge.updates.descend import SCHEDULES, clear, optimiser
 
 CHUNK = 64
 """Most models in one stack; more are trained in turns."""
@@ -61,7 +61,7 @@ def _train(models: Sequence[nn.Module], task: Task, batches: Sequence, lr: float
         with watch.meter.pause():
             total = each(params, buffers, {name: torch.stack([r[name] for r in rows]) for name in rows[0]}).sum()
         watch.check_loss(float(total.detach()) / len(models), k, lr)
-        step.zero_grad(set_to_none=True)
+        clear(list(params.values()))
         total.backward()
         step.step()
         seen = sum(len(r["i"]) for r in rows)
