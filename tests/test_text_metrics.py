@@ -109,7 +109,7 @@ def test_a_sure_model_has_finite_scores():
 
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 32])
-def test_other_answers_from_the_cache_are_those_in_full(moe, size):
+def test_packed_answers_are_those_in_full(moe, size):
     model, task, split = small("causal_lm", moe)
     data = split.retain.take(range(8))
     answers = [row["perturbed_answer"][:3] for row in data.rows]
@@ -117,7 +117,9 @@ def test_other_answers_from_the_cache_are_those_in_full(moe, size):
     with torch.no_grad():
         own = [data.format.texts([{**r, "answer": a}]) for r, mine in zip(data.rows, answers, strict=True) for a in mine]
         slow = torch.cat([task.forward(model, task.collate(text, torch.tensor([0]), None)).mean for text in own]).view(8, 3)
-    assert tokens.cached(model) and torch.allclose(found, slow, atol=1e-5)
+    assert torch.allclose(found, slow, atol=1e-5)
+    rows = data.format.texts([{**data.rows[0], "answer": a} for a in answers[0]])
+    assert tokens.packable(model, task, rows, tokens.shared(rows, range(3)), range(3))
 
 
 def test_answers_that_share_nothing_but_their_length_of_prompt():
@@ -132,12 +134,31 @@ def test_answers_that_share_nothing_but_their_length_of_prompt():
             assert float(found[k, j]) == pytest.approx(float(tokens.plain_nll(model, task, own)), abs=1e-5)
 
 
-def test_models_with_hooks_or_without_cache_score_in_full():
+def test_models_that_heed_no_mask_score_in_full():
+    """A model that takes a mask of four dimensions and sees what the mask hides is found out on the first row, and one that refuses it as well."""
+    model, task, split = small("causal_lm")
+    data, answers = split.forget, [row["perturbed_answer"][:2] for row in split.forget.rows]
+    wanted = tokens.answers_nll(model, task, data, answers)
+    forward = model.forward
+
+    def blind(input_ids, attention_mask, position_ids=None, **rest):
+        flat = attention_mask.new_ones(input_ids.shape, dtype=torch.long) if attention_mask.ndim == 4 else attention_mask
+        return forward(input_ids=input_ids, attention_mask=flat, position_ids=position_ids, **rest)
+
+    def strict(input_ids, attention_mask, position_ids=None, **rest):
+        if attention_mask.ndim != 2:
+            raise ValueError("a mask of two dimensions, please")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **rest)
+
+    for model.forward in (blind, strict):
+        assert torch.allclose(tokens.answers_nll(model, task, data, answers), wanted, atol=1e-5)
+
+
+def test_models_with_hooks_score_in_full():
     """A hook that looks at the start of the input must see the start of the text, not of what follows the shared part."""
     model, task, split = small("causal_lm")
     data, answers = split.forget, [row["perturbed_answer"][:2] for row in split.forget.rows]
     handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: out + 0.1 * args[0][:, :1, None].float().sin())
-    assert not tokens.cached(model)
     hooked = tokens.answers_nll(model, task, data, answers)
     own = data.format.texts([{**row, "answer": a[0]} for row, a in zip(data.rows, answers, strict=True)])
     assert torch.allclose(hooked[:, 0], tokens.plain_nll(model, task, own, 1), atol=1e-5)

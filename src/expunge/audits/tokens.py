@@ -2,7 +2,7 @@
 next-token distribution there, and whether greedy decoding would have said it. Parts, passes and answers are shared by all checks of an audit.
 
 `token_scores` keeps four numbers per target token, never the (N, T, V) logits. `answers_nll` scores K answers to each question at the cost
-of one prompt: the keys and values of what they share are computed once.
+of one prompt, all in one row of tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from expunge.audits.core import Probe
 from expunge.errors import DataError
 from expunge.guard import quiet
 from expunge.remember import passes
-from expunge.tasks.causal_lm import aligned, buckets, inputs
+from expunge.tasks.causal_lm import aligned, buckets
 from expunge.types import IGNORE, Task, Texts, concat, device_of
 
 MOST = 300
@@ -93,11 +93,12 @@ def token_scores(model: nn.Module, task: Task, data: Texts, size: int = 32) -> T
     return TokenScores(*(tuple(column) for column in zip(*found, strict=True)))
 
 
-def answers_nll(model: nn.Module, task: Task, data: Texts, answers: Sequence[Sequence[str]], size: int = 32) -> Tensor:
-    """(N, K) float32 mean token loss of K other answers to each row's question, in the order given.
+def answers_nll(model: nn.Module, task: Task, data: Texts, answers: Sequence[Sequence[str]], size: int = 64) -> Tensor:
+    """(N, K) float32 mean token loss of K other answers to each row's question, in the order given; some `size` answers at a time.
 
-    What a row's K token sequences share before the first target goes through the model once; its keys and values are then read by all K. Models
-    that return no plain cache, and models with hooks (which may look at the whole input), score each answer in full.
+    What a row's K token sequences share before the first target goes through the model once: the rest follows side by side in the same row, each answer
+    blind to the others. Models that take no such mask (the first row is read both ways to find out), and models with hooks (which may look at the whole
+    input), score each answer in full.
     Under the mask "entity" whole answers are scored, since other answers do not hold the fact. Raises DataError when rows have different numbers of answers.
     """
     counts = sorted({len(row) for row in answers})
@@ -106,23 +107,17 @@ def answers_nll(model: nn.Module, task: Task, data: Texts, answers: Sequence[Seq
     K = counts[0]
     form = replace(data.format, mask="answer+eos") if data.format.mask == "entity" else data.format
     every = form.texts([{**row, "answer": a} for row, mine in zip(data.rows, answers, strict=True) for a in mine])
-    if not cached(model):
-        return plain_nll(model, task, every, size).view(len(data), K)
-    out = torch.empty(len(every))
     starts = [shared(every, range(k * K, (k + 1) * K)) for k in range(len(data))]
-    alone = [k for k, start in enumerate(starts) if start == 0]
     together = [k for k, start in enumerate(starts) if start]
-    for rows in buckets([starts[k] for k in together], max(1, size // K)) if together else []:
+    if K == 1 or not together or not packable(model, task, every, starts[together[0]], range(together[0] * K, (together[0] + 1) * K)):
+        return plain_nll(model, task, every).view(len(data), K)
+    out = torch.empty(len(data), K)
+    for rows in buckets([sum(len(every.tokens[k * K + j]) for j in range(K)) for k in together], max(1, size // K)):
         chosen = [together[k] for k in rows.tolist()]
-        found = from_cache(model, every, [starts[k] for k in chosen], [list(range(k * K, (k + 1) * K)) for k in chosen])
-        if found is None:
-            return plain_nll(model, task, every, size).view(len(data), K)
-        for k, values in zip(chosen, found.view(len(chosen), K), strict=True):
-            out[k * K : (k + 1) * K] = values
-    if alone:
-        index = [j for k in alone for j in range(k * K, (k + 1) * K)]
-        out[index] = plain_nll(model, task, every.take(index), size)
-    return out.view(len(data), K)
+        out[chosen] = packed(model, every, [starts[k] for k in chosen], [range(k * K, (k + 1) * K) for k in chosen])
+    if alone := [k for k, start in enumerate(starts) if not start]:
+        out[alone] = plain_nll(model, task, every.take([j for k in alone for j in range(k * K, (k + 1) * K)])).view(len(alone), K)
+    return out
 
 
 def plain_nll(model: nn.Module, task: Task, data: Texts, size: int = 32) -> Tensor:
@@ -133,11 +128,18 @@ def plain_nll(model: nn.Module, task: Task, data: Texts, size: int = 32) -> Tens
     return out
 
 
-def cached(model: nn.Module) -> bool:
-    """Whether continuing from a cache is known to give what the whole text gives: the model takes a cache and positions, and carries no hooks."""
+def packable(model: nn.Module, task: Task, data: Texts, start: int, group: Sequence[int]) -> bool:
+    """Whether these texts, packed into one row, are scored as they are on their own: the model carries no hooks, takes positions, and obeys the mask."""
     takes = inspect.signature(model.forward).parameters
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return not hooked and {"past_key_values", "position_ids", "attention_mask"} <= takes.keys()
+    if hooked or not {"position_ids", "attention_mask"} <= takes.keys():
+        return False
+    try:
+        found = packed(model, data, [start], [group])[0]
+    except (RuntimeError, ValueError, TypeError):  # no mask of four dimensions
+        return False
+    tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 1e-2
+    return torch.allclose(found, plain_nll(model, task, data.take(list(group))), rtol=tolerance, atol=tolerance / 10)
 
 
 def shared(data: Texts, rows: Sequence[int]) -> int:
@@ -151,38 +153,34 @@ def shared(data: Texts, rows: Sequence[int]) -> int:
     return max(0, most)
 
 
-def from_cache(model: nn.Module, data: Texts, starts: Sequence[int], groups: Sequence[Sequence[int]]) -> Tensor | None:
-    """(R * K,) mean token losses of texts in groups of K that share their first `starts[r]` tokens; None where the model returns no plain cache.
+def packed(model: nn.Module, data: Texts, starts: Sequence[int], groups: Sequence[Sequence[int]]) -> Tensor:
+    """(R, K) mean token losses of texts in groups of K that share their first `starts[r]` tokens, one row of tokens per group.
 
-    The shared tokens are padded on the left, the rest on the right, so that the tokens of a text lie side by side. Of the rest, the token at place j
-    predicts the one at j + 1, and the last predicts nothing: it is not fed.
+    The shared tokens are padded on the left, so that the branches of all rows begin at one column. A branch sees the shared tokens and itself, at the
+    positions it would have alone. Its token at place j predicts the one at j + 1, and its last predicts nothing: it is not fed.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    device, P = device_of(model), max(starts)
-    x = torch.stack([F.pad(data.tokens[g[0]][:n], (P - n, 0)) for n, g in zip(starts, groups, strict=True)]).to(device)
-    front = (torch.arange(P)[None] >= P - torch.tensor(starts)[:, None]).long().to(device)
-    flat = [(r, k) for r, group in enumerate(groups) for k in group]
-    own = torch.tensor([r for r, _ in flat])
-    tails = [(data.tokens[k][starts[r] :], data.targets[k][starts[r] :]) for r, k in flat]
-    S = max(len(t) for t, _ in tails) - 1
-    tail = torch.zeros(len(flat), S, dtype=torch.long)
-    labels = torch.full((len(flat), S), IGNORE)
-    for r, (tokens, targets) in enumerate(tails):
-        tail[r, : len(tokens) - 1] = tokens[:-1]
-        labels[r, : len(tokens) - 1][targets[1:]] = tokens[1:][targets[1:]]
-    lengths = torch.tensor([len(t) - 1 for t, _ in tails])
-    back = inputs(model, {"x": tail, "n": lengths})
-    head = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    device, P, K = device_of(model), max(starts), len(groups[0])
+    branches = [[(data.tokens[k][n:], data.targets[k][n:]) for k in group] for n, group in zip(starts, groups, strict=True)]
+    T = P + max(sum(len(t) - 1 for t, _ in row) for row in branches)
+    x, place, labels = torch.zeros(3, len(groups), T, dtype=torch.long).unbind()
+    branch = torch.full_like(x, K + 1)  # 0 .. K - 1, K for what they share, K + 1 for padding
+    labels.fill_(IGNORE)
+    for r, (n, group) in enumerate(zip(starts, groups, strict=True)):
+        x[r, P - n : P], place[r, P - n : P], branch[r, P - n : P] = data.tokens[group[0]][:n], torch.arange(n), K
+        at = P
+        for k, (tokens, targets) in enumerate(branches[r]):
+            here = slice(at, at := at + len(tokens) - 1)
+            x[r, here], place[r, here], branch[r, here] = tokens[:-1], n + torch.arange(len(tokens) - 1), k
+            labels[r, here] = torch.where(targets[1:], tokens[1:], IGNORE)
+    seen = torch.ones(T, T, dtype=torch.bool).tril() & ((branch[:, None] == branch[..., None]) | (branch[:, None] == K) & (branch[..., None] < K))
+    mask = torch.zeros(seen.shape, dtype=next(model.parameters()).dtype).masked_fill(~seen, -torch.inf)[:, None]
+    head = {"logits_to_keep": T - P} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with quiet(model):
-        cache = model(input_ids=x, attention_mask=front, position_ids=(front.cumsum(1) - 1).clamp(min=0), use_cache=True, **head).past_key_values
-        if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            return None
-        cache.batch_select_indices(own.to(device))
-        places = torch.tensor(starts)[own][:, None] + torch.arange(S)
-        mask = torch.cat([front[own.to(device)], back["attention_mask"]], 1)
-        logits = model(input_ids=back["input_ids"], attention_mask=mask, position_ids=places.to(device), past_key_values=cache, use_cache=True).logits
-        return aligned(logits, labels.to(device)).mean.float().cpu()
+        logits = model(input_ids=x.to(device), attention_mask=mask.to(device), position_ids=place.to(device), use_cache=False, **head).logits
+        out = aligned(logits[:, P - T :], labels[:, P:].to(device))
+    own = branch[:, P:].clamp(max=K).to(device)
+    total, count = (torch.zeros(len(groups), K + 1, device=device).scatter_add(1, own, v.float()) for v in (out.units, out.labels != IGNORE))
+    return (total / count)[:, :K].cpu()
 
 
 def part(p: Probe, name: str) -> Texts | None:
