@@ -1,6 +1,10 @@
-"""Fixtures that several test files share: small models, data and tasks. Nothing here is trained."""
+"""Fixtures that several test files share: small models, data and tasks; and the folder of trained models that all processes of a run share."""
 
 from __future__ import annotations
+
+import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +19,17 @@ settings.register_profile(
 )
 settings.load_profile("expunge")
 torch.set_num_threads(1)
+
+
+MINE = "EXPUNGE_TESTS" not in os.environ
+if MINE:  # the first process of a run: those that it starts find the variable
+    os.environ["EXPUNGE_TESTS"] = tempfile.mkdtemp(prefix="expunge-tests-")
+
+
+def pytest_sessionfinish() -> None:
+    """The first process deletes the models that were trained."""
+    if MINE:
+        shutil.rmtree(os.environ["EXPUNGE_TESTS"], ignore_errors=True)
 
 
 def make_net(seed: int = 0) -> nn.Sequential:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from worlds import original, retrained, trained
 
 from expunge.bench import run, table
 from expunge.bench.worlds import world
@@ -30,15 +31,18 @@ def test_worlds_say_what_is_missing(monkeypatch, tmp_path):
         world("digit")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Where both benchmarks below keep their models."""
-    return tmp_path_factory.mktemp("models")
+@pytest.fixture
+def kept():
+    """The cache that holds digits' original and four retrained models."""
+    original("digits")
+    for k in range(4):
+        retrained("digits", "class", k)
+    return trained()
 
 
-def test_bench_runs_and_goes_on(tmp_path, trained):
+def test_bench_runs_and_goes_on(tmp_path, kept):
     """Cells are written as they are done; a second call runs nothing new; the table ranks."""
-    kwargs = {"methods": ["gradient_ascent"], "seeds": 1, "scenarios": ("class",), "out": tmp_path, "cache": trained}
+    kwargs = {"methods": ["gradient_ascent"], "seeds": 1, "scenarios": ("class",), "out": tmp_path, "cache": kept}
     cells = run.bench("digits", **kwargs)
     every = ["nothing", "fine_tune", "reset_last", "retrain", "gradient_ascent"]  # the baselines stand in every table
     assert [c["method"] for c in cells] == every
@@ -55,8 +59,8 @@ def test_bench_runs_and_goes_on(tmp_path, trained):
     assert "floor" in text
 
 
-def test_changed_settings_run_again(tmp_path, trained, monkeypatch):
-    kwargs = {"methods": ["gradient_ascent"], "seeds": [0], "scenarios": ("class",), "out": tmp_path, "cache": trained, "references": 2}
+def test_changed_settings_run_again(tmp_path, kept, monkeypatch):
+    kwargs = {"methods": ["gradient_ascent"], "seeds": [0], "scenarios": ("class",), "out": tmp_path, "cache": kept, "references": 2}
     run.bench("digits", **kwargs)
     monkeypatch.setitem(run.PRESETS, "digits", {"gradient_ascent": {"epochs": 1.0}})
     cell = next(c for c in run.bench("digits", **kwargs) if c["method"] == "gradient_ascent")

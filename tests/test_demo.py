@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from expunge.demo import METHODS, demo
 
 
+@pytest.mark.slow
 def test_demo_leaves_reports_and_a_patch_that_was_undone(tmp_path):
     heard = []
     result = demo(tmp_path, seeds=1, progress=lambda text, done, total: heard.append(text))

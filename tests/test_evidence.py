@@ -232,6 +232,7 @@ def test_calibrated_attack_sees_what_a_population_attack_does_not():
         pool.forgotten(shadow, "fine_tune", data, records)
 
 
+@pytest.mark.slow
 def test_named_checks_on_known_truth():
     """Class removal: the untouched model fails by name, weakest first; a retrained one fails nothing; without references nothing is claimed."""
     model, task, split = digits("class")

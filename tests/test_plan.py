@@ -116,6 +116,7 @@ def test_default_rules_follow_the_request():
     assert "gap_closed.relearning" in default_rules(Probe(model, model, task, by_class, references("class")))
 
 
+@pytest.mark.slow
 def test_record_verdicts_on_known_truth():
     """Wrong labels, known by heart: doing nothing and copying a retrained model's answers by the head alone are refused, a retrained model passes."""
     from expunge.bench.power import masked

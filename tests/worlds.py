@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from expunge import tiny
 from expunge.bench import language
-from expunge.bench.worlds import world
+from expunge.bench.worlds import World, world
 from expunge.data import authors, text
 from expunge.data.text import Format
 from expunge.tasks.causal_lm import causal_lm
@@ -32,14 +36,27 @@ def digits(scenario: str = "class") -> tuple[nn.Module, Task, Split]:
     return original(w.name), w.task, w.split(scenario)
 
 
+def trained() -> Path:
+    """Where one run of the tests keeps the models that its processes share (see conftest)."""
+    return Path(os.environ["EXPUNGE_TESTS"])
+
+
+def once(w: World, label: str, make: Callable[[Path], nn.Module]) -> nn.Module:
+    """The world's model of that label, trained by whichever process asks first."""
+    with FileLock(trained() / f"{w.name}-{w.digest}-{label}.lock"):
+        return make(trained())
+
+
 @functools.lru_cache
 def original(name: str) -> nn.Module:
-    return world(name).original(0)
+    w = world(name)
+    return once(w, "original", lambda cache: w.original(0, cache))
 
 
 @functools.lru_cache
 def retrained(name: str, scenario: str, seed: int) -> nn.Module:
-    return world(name).retrained(scenario, seed)
+    w = world(name)
+    return once(w, f"{scenario}-{seed}", lambda cache: w.retrained(scenario, seed, cache))
 
 
 @functools.lru_cache
@@ -65,7 +82,7 @@ def small_authors(moe: bool = False) -> tuple[nn.Module, Task, Split]:
     """A tiny Llama (or Mixtral) that was taught generated authors until it recalls most of them: some five seconds."""
     w = language.generated("authors-moe" if moe else "authors", n=8, per=6, canon=0, lands=48)
     w = replace(w, recipe={**w.recipe, "epochs": 40, "batch_size": 8})
-    return w.original(0), w.task, w.split("forget10")
+    return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("forget10")
 
 
 def toy(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
