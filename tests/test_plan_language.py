@@ -203,10 +203,12 @@ def test_default_rules_follow_the_parts_at_hand():
     def rules(references=(), **parts):
         return default_rules(Probe(model, model, task, replace(split, **parts), references))
 
-    assert rules() == {"membership.loss_auc": "0.3..0.7", "drop.retain": "<= 0.05"}
-    assert rules(test=None) == {"memorised.extraction_strength.forget": "<= 0.2", "drop.retain": "<= 0.05"}
-    assert rules(general=split.test) == {"membership.loss_auc": "0.3..0.7", "drop.retain": "<= 0.05", "drop.general": "<= 0.05"}
-    assert rules(retain=None) == {"membership.loss_auc": "0.3..0.7"}
+    kept = {"drop.retain": "<= 0.05", "wording.retain.lost": "<= 0.1"}
+    assert rules() == {"membership.loss_auc": "0.3..0.7", **kept}
+    assert rules(test=None) == {"memorised.extraction_strength.forget": "<= 0.2", **kept}
+    assert rules(general=split.test) == {"membership.loss_auc": "0.3..0.7", **kept, "drop.general": "<= 0.05"}
+    assert rules(retain=None) == {"membership.loss_auc": "0.3..0.7", "wording.test.broken": "<= 0.25"}
+    assert rules(retain=None, test=None) == {"memorised.extraction_strength.forget": "<= 0.2", "wording.forget.broken": "<= 0.5"}
     for parts in ({}, {"test": None}):
         assert rules((model,), **parts) == {"tofu.d_over_critical": "<= 1", "drop.retain": "<= 0.05"}
     for found in (rules(), rules(test=None), rules((model,))):
@@ -286,7 +288,7 @@ def test_drop_reads_the_parts_that_are_there(taught):
     assert names(split) == ["drop.retain", "drop.test"]
     assert names(replace(split, general=split.test)) == ["drop.retain", "drop.test", "drop.general"]
     assert names(replace(split, test=None)) == ["drop.retain"]
-    assert names(replace(split, retain=None)) == []
+    assert names(replace(split, retain=None)) == ["drop.test"]
     (row,) = audit(Probe(model, worse, task, replace(split, test=None)), ["drop"])
     lost = (-score(model, task, split.retain).nll).exp() - (-score(worse, task, split.retain).nll).exp()
     assert row.value == pytest.approx(float(lost.mean()), abs=1e-5) and row.n == len(split.retain)

@@ -81,9 +81,10 @@ def probe(p: Probe) -> list[Row]:
     return [*rows, Row("probe.excess", worst.value, worst.low, worst.high, worst.n, f"worst of {len(rows)} layers: {worst.name[6:]}; {worst.note}")]
 
 
-@check(tasks=("classification",), needs=("forget", "retain"), reference=True)
+@check(tasks=("classification", "causal_lm"), needs=("forget", "retain"), reference=True)
 def delta(p: Probe) -> list[Row]:
-    """delta.auc: how well the change of the log-odds from before to after points at forgotten among kept records; delta.excess over retrained models.
+    """delta.auc: how well the size of the change of the log-odds from before to after points at forgotten among kept records; delta.excess over retrained
+    models. Log-odds of texts are those of the probability per token.
 
     An observer who holds both models has this much. Retraining, too, changes what it forgets, so the excess is what unlearning adds.
     """

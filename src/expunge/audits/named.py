@@ -2,7 +2,7 @@
 
 A named check reads rows that the audit has measured. PASS: the worse end of the interval is inside the limit. FAIL: the value is outside, and
 significantly so after Holm's correction over its section. UNKNOWN: a row is missing, or there are too few records to tell. Limits without a
-retrained reference would be arbitrary, so checks that need one say UNKNOWN without it.
+retrained reference would be arbitrary, so checks that need one say UNKNOWN without it. Some statements have another form for texts, with other rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from scipy.stats import norm
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import Z
+from expunge.audits.verdict import checks_for
+from expunge.registry import CHECKS
 from expunge.types import HELD
 
 ALPHA = 0.05
@@ -37,30 +39,53 @@ class Named:
     row: str = ""
 
 
+WORDS = {"classification": "classifiers", "regression": "regressors", "causal_lm": "language models"}
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A statement about rows: each must lie in low..high. `missing` says what an audit lacks when none of them is there."""
+    """A statement about rows: each must lie in low..high.
+
+    models   retrained references that the rows need            parts   of the split, beside those that the rows' check needs
+    missing  what else the rows need                            texts   True: the form for texts alone, False: for all but texts
+    """
 
     id: str
     statement: str
     rows: tuple[str, ...]
     low: float
     high: float
-    missing: str = "needs retrained references"
+    models: int = 1
+    parts: tuple[str, ...] = ()
+    missing: str = ""
+    texts: bool | None = None
+
+    def made_for(self, task: str) -> bool:
+        """Whether this is the form of the statement for that task."""
+        return self.texts is None or self.texts == (task == "causal_lm")
 
 
 RULES = (
-    Rule("A1", "forgotten records behave as if never trained on", ("gap_closed.klom",), 0.5, math.inf),
+    Rule("A1", "forgotten records behave as if never trained on", ("gap_closed.klom",), 0.5, math.inf, 2),
+    Rule("A2", "forgotten texts are not said word for word", ("memorised.extraction_strength.excess",), -math.inf, 0.1, texts=True),
     Rule("A3", "membership of forgotten records is hidden, both ways", ("lira.excess", "membership.excess"), -0.05, 0.05),
-    Rule("A4", "what is gone is gone on unseen records of the class", ("accuracy.forget_test",), -math.inf, 0.1, "needs a removed class"),
-    Rule("A8", "inner layers hold no more than those of retrained models", ("probe.excess",), -math.inf, 0.05),
+    Rule("A4", "what is gone is gone on unseen records of the class", ("accuracy.forget_test",), -math.inf, 0.1, 0, ("retain", "test"),
+         "needs a removed class", False),
+    Rule("A4", "what is gone is gone however it is asked for", ("probes.excess", "knowundo.rephrased.excess"), -math.inf, 0.1,
+         missing="needs a paraphrased_question in every forgotten record, or author, fact and cloze", texts=True),
+    Rule("A8", "inner layers hold no more than those of retrained models", ("probe.excess",), -math.inf, 0.05,
+         missing="needs 8 forgotten and 8 unseen records of their labels, or of a removed class and of the others"),
     Rule("B2", "training on kept records does not bring it back", ("restore.retain",), -math.inf, 0.1),
-    Rule("B3", "relearning one half does not bring the other back", ("relearning.area",), -math.inf, 0.1),
+    Rule("B3", "relearning one half does not bring the other back", ("relearning.area",), -math.inf, 0.1, missing="needs at least 4 forgotten records"),
     Rule("B4", "rounding, pruning and averaging do not bring it back", ("restore.int8", "restore.int4", "restore.prune", "restore.average"), -math.inf, 0.1),
-    Rule("C1", "test accuracy is kept", ("drop.test",), -math.inf, 0.03, "needs test data"),
-    Rule("C5", "no group loses much more than the mean", ("drop.worst",), -math.inf, 0.1, "needs test data"),
+    Rule("C1", "test accuracy is kept", ("drop.test",), -math.inf, 0.03, 0, ("retain", "test"), texts=False),
+    Rule("C1", "kept texts are known as before", ("drop.retain", "drop.general"), -math.inf, 0.05, 0, ("retain",), texts=True),
+    Rule("C4", "kept questions are still answered", ("wording.retain.lost", "wording.retain.broken"), -math.inf, 0.1, 0, ("retain",), texts=True),
+    Rule("C5", "no group loses much more than the mean", ("drop.worst",), -math.inf, 0.1, 0, ("retain", "test"), "needs classes: targets have none", False),
+    Rule("C5", "no group loses much more than the mean", ("drop.worst",), -math.inf, 0.1, 0, ("retain",),
+         "needs records that say their author, subject or set: a group is 5 that agree in one", True),
     Rule("C7", "outputs before and after do not point at the forgotten records", ("delta.excess",), -math.inf, 0.1),
-)
+)  # fmt: skip
 
 
 def p_value(row: Row, low: float, high: float) -> float:
@@ -107,17 +132,17 @@ def _outside(row: Row, rule: Rule) -> float:
 
 
 def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) -> list[Named]:
-    """All named checks that apply to classifiers and regressors, weakest first inside each section (FAIL, UNKNOWN, PASS).
+    """All named checks in the form made for the task, weakest first inside each section (FAIL, UNKNOWN, PASS).
 
     facts   of the process: `seeds` (at least 3), `baselines` (in the table), `reversible` (the patch was applied and undone bit for bit)
     """
     by_name = {r.name: r for r in rows}
     found = []
     for section in "ABC":
-        rules = [r for r in RULES if r.id[0] == section]
+        rules = [r for r in RULES if r.id[0] == section and r.made_for(p.task.name)]
         read_all = [read(r, by_name) for r in rules]
         rejected = holm([p_ for _, p_ in read_all])
-        found += [_judged(rule, row, p_, out) for rule, (row, p_), out in zip(rules, read_all, rejected, strict=True)]
+        found += [_judged(p, rule, by_name, row, p_, out) for rule, (row, p_), out in zip(rules, read_all, rejected, strict=True)]
     found += _process(p, by_name, facts)
     return sorted(found, key=lambda n: (n.id[0], ORDER.index(n.verdict), n.id))
 
@@ -133,9 +158,28 @@ def grouped(found: Sequence[Named]) -> list[dict[str, Any]]:
     return sorted(out, key=lambda section: (ORDER.index(section["verdict"]), -section["count"]["FAIL"], section["id"]))
 
 
-def _judged(rule: Rule, row: Row | None, p_: float, rejected: bool) -> Named:
+def lacking(p: Probe, rule: Rule, rows: Mapping[str, Row]) -> str:
+    """Why an audit with these rows has none of the rule's, by what the check of the last of them (the least demanding) needs."""
+    check = CHECKS[checks_for(rule.rows[-1:])[0]]
+    if p.task.name not in check.tasks:
+        return f"nothing measures this on {WORDS.get(p.task.name, p.task.name)}"
+    have = p.split.parts()
+    parts = [name for name in dict.fromkeys((*check.needs, *rule.parts)) if name not in have]
+    models = max(rule.models, int(check.reference))
+    wants = [f"{' and '.join(parts)} data"] if parts else []
+    if len(p.references) < models:
+        wants.append("retrained references" if models == 1 else f"at least {models} retrained references ({len(p.references)} at hand)")
+    if wants:
+        return f"needs {' and '.join(wants)}"
+    if rule.missing and any(checks_for([name]) == [check.name] for name in rows):
+        return rule.missing
+    left = f"the check {check.name} was left out{' as it trains' if check.slow else ''}"
+    return f"{left}, or it {rule.missing}" if rule.missing else left
+
+
+def _judged(p: Probe, rule: Rule, rows: Mapping[str, Row], row: Row | None, p_: float, rejected: bool) -> Named:
     if row is None:
-        return Named(rule.id, rule.statement, "UNKNOWN", rule.missing)
+        return Named(rule.id, rule.statement, "UNKNOWN", lacking(p, rule, rows))
     seen = f"{row.name} {row.value:.3g} ({row.low:.3g} to {row.high:.3g}, n = {row.n}), allowed {_range(rule)}"
     if math.isnan(p_):
         return Named(rule.id, rule.statement, "UNKNOWN", f"{row.name} could not be measured: {row.note}", p_, row.name)
@@ -158,13 +202,21 @@ def _process(p: Probe, rows: Mapping[str, Row], facts: Mapping[str, bool | None]
         return Named(id_, statement, verdict, unknown if value is None else yes if value else no)
 
     keys = {name: set(part.keys) for name, part in p.split.parts().items() if isinstance(part, HELD)}
-    apart = None if not {"test", "validation"} <= keys.keys() else not (keys["test"] & keys["validation"])
+    absent = [name for name in ("test", "validation") if name not in keys]
+    apart = None if absent else not (keys["test"] & keys["validation"])
+    table, alone = facts.get("baselines"), "one run alone was audited"
+    wants = ([] if len(p.references) >= 2 else [f"at least 2 retrained references, of which one is a line ({len(p.references)} at hand)"]) + (
+        [] if "retain" in keys else ["retain data, on which the others are trained"]
+    )
+    if table is False and wants:
+        table, alone = None, f"needs {' and '.join(wants)}"
     return [
         fact("D1", "the request says what is meant to go", bool(p.split.asked), p.split.asked, "the split has no `asked`", ""),
         fact("D3", "at least three seeds", facts.get("seeds"), "yes", "fewer than three", "one run alone was audited"),
-        fact("D4", "retrained references are at hand", bool(p.references) or None, f"{len(p.references)} references", "", "no reference was given"),
-        fact("D5", "trivial baselines stand in the table", facts.get("baselines"), "yes", "they do not", "one run alone was audited"),
-        fact("D6", "audit data is apart from tuning data", apart, "no record is shared", "test and validation share records", "no validation part was given"),
+        fact("D4", "retrained references are at hand", bool(p.references) or None, f"{len(p.references)}", "", "no reference was given"),
+        fact("D5", "trivial baselines stand in the table", table, "yes", "they do not: what trains was left out, or ended without a change", alone),
+        fact("D6", "audit data is apart from tuning data", apart, "no record is shared", "test and validation share records",
+             f"no {' and no '.join(absent)} part was given"),
         fact("D7", "cost is reported", "cost.forward" in rows, "yes", "no cost row", ""),
         fact("D9", "the patch can be undone bit for bit", facts.get("reversible"), "yes", "no", "it was not tried"),
-    ]
+    ]  # fmt: skip

@@ -251,7 +251,7 @@ def knowundo(p: Probe) -> list[Row]:
     record's fact) for forget and retain; .unlearn_success = 1 - accuracy on forget, .retention_success = accuracy on retain, .average of both.
 
     Tokens of mere grammar keep the accuracy of a forgetting model high: the fact rows say whether the knowledge itself is gone. Where records have a
-    `paraphrased_question`, .accuracy.rephrased asks that of forget.
+    `paraphrased_question`, .accuracy.rephrased asks that of forget, and with retrained models .rephrased.excess is what it has over them.
     """
     rows: list[Row] = []
     accuracy: dict[str, Row] = {}
@@ -271,8 +271,10 @@ def knowundo(p: Probe) -> list[Row]:
     again = part(p, "forget")
     if again is not None and all(row.get("paraphrased_question") for row in again.rows):
         other = again.format.texts([{**row, "question": row["paraphrased_question"]} for row in again.rows], again.ids)
-        hit = p.once(("rephrased", p.seed), p.after, lambda: token_scores(p.after, p.task, other)).hit
-        rows.append(share("knowundo.accuracy.rephrased", exact_memorisation(hit), p.seed, "forget under its paraphrased questions"))
+        mine, *rest = (exact_memorisation(p.once(("rephrased", p.seed), m, lambda m=m: token_scores(m, p.task, other)).hit) for m in (p.after, *p.references))
+        rows.append(share("knowundo.accuracy.rephrased", mine, p.seed, "forget under its paraphrased questions"))
+        if rest:
+            rows.append(paired("knowundo.rephrased.excess", mine - torch.stack(rest).mean(0), f"the same, minus the mean of {len(rest)} retrained models"))
     rows.append(Row("knowundo.unlearn_success", 1 - forget.value, 1 - forget.high, 1 - forget.low, forget.n))
     if "retain" in accuracy:
         keep = accuracy["retain"]

@@ -1,8 +1,8 @@
 """The verdict: default rules, the self-test of every rule, and the reading of both.
 
 A rule counts only if it is shown to work on this very model and data: the untouched original must fail a forgetting rule, an untrained model
-must fail a utility rule, and, where retrained models are at hand, one held out from the references must pass. A rule that fails its
-self-test is `unusable`: it is printed as such and is never a pass.
+must fail a utility rule, both by their values and not by the width of an interval alone, and, where retrained models are at hand, one held out
+from the references must pass. A rule that fails its self-test is `unusable`: it is printed as such and is never a pass.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from expunge.audits.core import Probe, Row, audit, gate
 from expunge.registry import CHECKS
 from expunge.training import fresh
 
-UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test")
+UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test",
+           "wording.retain.", "wording.test.", "wording.forget.broken")  # fmt: skip
 """Prefixes of rows that measure what must stay; every other ruled row measures what must go."""
+
+SPEAKS = {"retain": {"wording.retain.lost": "<= 0.1"}, "test": {"wording.test.broken": "<= 0.25"}, "forget": {"wording.forget.broken": "<= 0.5"}}
+"""By the part that is read, the first that is there: what must still be said. A method may garble what it forgot, and some of what looks like it."""
+
+FEW = "inside the rule but for its interval: so few records"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A rule's self-test. `original`: what the model that must fail read; `retrained`: what the held-out retrained model read, or ""."""
+    """A rule's self-test. `original`: what the model that must fail read; `retrained`: what the held-out retrained model read, or "". Both say so where
+    only too few records stand between the value and its proper verdict."""
 
     name: str
     rule: str
@@ -52,12 +59,14 @@ def default_rules(p: Probe) -> dict[str, str]:
 
 def _texts(p: Probe) -> dict[str, str]:
     """With retrained models: forget quality at the 5 % level (D at most its critical value), in both directions. Without: membership against unseen
-    texts, or, without those, extraction strength. In both, at most 5 % of the probability of a kept token lost."""
+    texts, or, without those, extraction strength; and its greedy answers must read like answers, since neither rule tells a model that forgot from one
+    that says nothing. In both, at most 5 % of the probability of a kept token lost."""
     parts = p.split.parts()
     keep = {f"drop.{part}": "<= 0.05" for part in ("retain", "general") if part in parts}
     if p.references:
         return {"tofu.d_over_critical": "<= 1", **keep}
-    return {**({"membership.loss_auc": "0.3..0.7"} if "test" in parts else {"memorised.extraction_strength.forget": "<= 0.2"}), **keep}
+    goes = {"membership.loss_auc": "0.3..0.7"} if "test" in parts else {"memorised.extraction_strength.forget": "<= 0.2"}
+    return {**goes, **keep, **next(rule for part, rule in SPEAKS.items() if part in parts)}
 
 
 def _records(p: Probe) -> dict[str, str]:
@@ -95,10 +104,21 @@ def selftest(p: Probe, rules: Mapping[str, str]) -> list[Trial]:
     trials = []
     for name, rule in rules.items():
         bad = rows["stays" if name.startswith(UTILITY) else "goes"]
-        refuses = bool(gate(bad, {name: rule})) and any(r.name == name for r in bad)
+        refuses, few = _refuses(bad, name, rule)
         accepts = good is None or not gate(good, {name: rule})
-        trials.append(Trial(name, rule, _read(bad, name), "" if good is None else _read(good, name), refuses and accepts))
+        fair = "" if good is None else _read(good, name) + _refuses(good, name, rule)[1]
+        trials.append(Trial(name, rule, _read(bad, name) + few, fair, refuses and accepts))
     return trials
+
+
+def _refuses(rows: Sequence[Row], name: str, rule: str) -> tuple[bool, str]:
+    """Whether a model breaks the rule at its value; and, where only the end of its interval does, that so few records cannot tell."""
+    row = next((r for r in rows if r.name == name and not math.isnan(r.value)), None)
+    if row is None:
+        return False, ""
+    if gate([replace(row, low=row.value, high=row.value)], {name: rule}):
+        return True, ""
+    return False, f", {FEW} (n = {row.n}) cannot tell" if gate([row], {name: rule}) else ""
 
 
 def _read(rows: Sequence[Row], name: str) -> str:
@@ -115,5 +135,7 @@ def judge(rows: Sequence[Row], trials: Sequence[Trial]) -> list[str]:
     """Reasons to refuse: broken usable rules; and when no usable rule measures forgetting, that. Empty means pass."""
     reasons = gate(rows, {t.name: t.rule for t in trials if t.usable})
     if blind(trials):
-        reasons.append("no usable check of forgetting: each failed its self-test on this model and data, so nothing can be certified")
+        few = [f"{t.name} reads {seen}" for t in trials if not t.usable for seen in (t.original, t.retrained) if FEW in seen]
+        why = f" ({'; '.join(few)})" if few else ""
+        reasons.append(f"no usable check of forgetting: each failed its self-test on this model and data{why}, so nothing can be certified")
     return reasons
