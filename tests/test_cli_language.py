@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from worlds import copied, small
 from expunge import checkpoints, cli, texts, tiny, training
 from expunge.data import text
 from expunge.data.text import Format
-from expunge.patch import Hook, Patch
+from expunge.patch import Hook, Patch, difference
 from expunge.registry import METHODS
 
 TEXTS = ("--task", "causal-lm", "--model", "base")
@@ -145,6 +146,21 @@ def test_what_passes_is_reported_and_loads_without_expunge(world, done):
     assert torch.equal(nll(world, twin), nll(world, world.model))
 
 
+def test_a_recipe_does_what_the_same_flags_do(world, done):
+    """The patch of a run that passes and what is released, bit for bit."""
+    keys = {"task": "causal-lm", "model": "base", "forget": "forget.jsonl", "methods": ["task_vector"], "out": "by-recipe"}
+    (world.home / "run.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()) + "[with.task_vector]\n")
+    with (world.home / "run.toml").open("a") as f:
+        f.writelines(f"{name.removeprefix('--')} = {value}\n" for name, value in zip(AWAY[2::2], AWAY[3::2], strict=True))
+    code, out, err = call(world.home, "run", "run.toml")
+    assert (code, err.strip()) == (0, "") and "by-recipe/released, which loads without expunge" in "".join(out.split("\n"))
+    assert Patch.load(world.home / "by-recipe" / "patch.safetensors").digest == done.patch.digest
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (world.home / "by-recipe" / "released" / name).read_bytes() == (done.folder / "released" / name).read_bytes()
+    document = strict((world.home / "by-recipe" / "report.json").read_text())
+    assert document["rules"] == done.document["rules"] and document["parts"] == done.document["parts"] and document["asked"] == done.document["asked"]
+
+
 def test_npo_that_the_gate_refuses_leaves_a_report_and_no_patch(world):
     code, out, err = call(world.home, *FORGET, *RETAIN, "--test", "test.jsonl", *NPO, "--out", "npo")
     assert code == 1, err
@@ -190,11 +206,111 @@ def test_plan_counts_records_and_says_what_is_missing(world):
     assert code == 0 and any(line.startswith("npo ") and "approximate" in line for line in out.splitlines())
 
 
+def test_plan_knows_the_model_and_counts_the_methods_of_other_tasks(world):
+    experts: Any = tiny.mixtral(len(world.tokenizer), width=32, layers=1, heads=2)
+    experts.config.save_pretrained(world.home / "experts")
+    words = ("plan", "retain.jsonl", "forget.jsonl", "--task", "causal-lm", "--anchor", "refusals.jsonl")
+    found = {}
+    for model in ("", "base", "experts"):
+        code, out, err = call(world.home, *words, *(("--model", model) if model else ()))
+        assert (code, err) == (0, "")
+        found[model] = {line.split()[0]: line for line in out.splitlines()}
+        ours = [m for m in METHODS.values() if "causal_lm" in m.tasks]
+        assert out.splitlines()[-1] == f"{len(METHODS) - len(ours)} more methods work on other tasks, not on causal_lm"
+        assert len(out.splitlines()) == len(ours) + 1 and "works on classification" not in out
+    assert "not feasible: seuf works on a mixture of experts alone; name the model" in found[""]["seuf"]
+    assert "not feasible: LlamaForCausalLM has no experts" in found["base"]["seuf"]
+    assert "approximate" in found["experts"]["seuf"] and "not feasible" not in found["experts"]["seuf"]
+    assert "not feasible" not in found["base"]["tool_delete"] and "not feasible" not in found["base"]["npo"]
+    code, out, _ = call(world.home, "plan", "", "forget.jsonl", "--task", "causal-lm")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0 and "not feasible: retain=ce needs retain data" in lines["npo"]
+    assert "not feasible: tool_delete needs anchor" in lines["tool_delete"] and "not feasible" not in lines["undial"]
+
+
+def test_a_patch_of_bfloat16_weights_fits_them_alone(world):
+    """Made at bfloat16 of a float32 folder, applied and audited at the same."""
+    half, _ = checkpoints.load(world.home / "base", dtype="bfloat16")
+    now: Any = copied(half)
+    with torch.no_grad():
+        now.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    before, after = dict(half.named_parameters()), dict(now.named_parameters())
+    difference(before, after).stamped(half, method="npo", assurance="approximate").save(world.home / "half.safetensors")
+    listed = contents(world.home)
+    code, _, err = call(world.home, "apply", "half.safetensors", "--model", "base", "--out", "as-half")
+    assert code == 2 and "torch.bfloat16, this model has" in err and contents(world.home) == listed
+    code, out, err = call(world.home, "apply", "half.safetensors", "--model", "base", "--out", "as-half", "--dtype", "bfloat16", "--json")
+    assert (code, err) == (0, "") and strict(out)["written"][0] == "as-half"
+    back, _ = checkpoints.load(world.home / "as-half")
+    assert all(p.dtype is torch.bfloat16 and torch.equal(p, after[n]) for n, p in back.named_parameters())
+    words = ("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--json", "--dtype", "bfloat16")
+    found = []
+    for what in (("--patch", "half.safetensors"), ("--after", "as-half")):
+        code, out, err = call(world.home, *words, *what, "--reference", "plain")
+        assert code in (0, 1) and err == ""
+        found.append(rows(strict(out)))
+    assert found[0] == found[1]
+    assert call(world.home, *words[:-2], "--patch", "half.safetensors")[0] == 2
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_revert_gives_back_the_bits_of_a_folder(world, done, dtype, tmp_path):
+    """Forward and back through folders: every weight of the first, and with it the same answers; only once, and on no other model."""
+    patch, lost = tmp_path / "p.safetensors", tmp_path / "model-1.5"
+    original, _ = checkpoints.load(world.home / "base", dtype=dtype)
+    twin: Any = copied(original)
+    with torch.no_grad():
+        twin.get_input_embeddings().weight[3:9].mul_(1.37)  # tied to the output head
+        twin.model.norm.weight.add_(0.01)
+    key = tmp_path / "key"
+    key.write_bytes(b"secret")
+    named = {k: dict(m.named_parameters()) for k, m in (("before", original), ("after", twin))}
+    difference(named["before"], named["after"]).stamped(original).save(patch, b"secret")
+    signed = ("--key-file", str(key))
+    code, out, err = call(world.home, "apply", str(patch), "--model", "base", "--out", str(lost), "--dtype", dtype, "--json", *signed)
+    undo = tmp_path / "model-1.5.undo.safetensors"
+    assert (code, err) == (0, "") and strict(out) == {"written": [str(lost), str(undo)]}
+    code, out, err = call(world.home, "revert", str(undo), "--model", str(lost), "--out", str(tmp_path / "back"), "--json", *signed)
+    assert (code, err) == (0, "") and strict(out) == {"written": [str(tmp_path / "back")]}
+    back, tokenizer = checkpoints.load(tmp_path / "back")
+    for name, p in back.named_parameters():
+        assert p.dtype is named["before"][name].dtype and torch.equal(p, named["before"][name]), name
+    assert len(tokenizer) == len(world.tokenizer)
+    if dtype == "auto":
+        assert (tmp_path / "back" / "model.safetensors").read_bytes() == (world.home / "base" / "model.safetensors").read_bytes()
+    listed = contents(tmp_path)
+    for model in (str(tmp_path / "back"), "plain"):
+        code, out, err = call(world.home, "revert", str(undo), "--model", model, "--out", str(tmp_path / "twice"))
+        assert code == 2 and "nother model" in err and out == ""
+    assert call(world.home, "revert", str(undo), "--model", str(lost), "--out", str(tmp_path / "twice"), "--key-file", "forget.jsonl")[0] == 2
+    assert contents(tmp_path) == listed
+
+
+def test_an_adapter_folder_has_nothing_to_revert(world, done):
+    assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "whole")[0] == 0
+    code, _, err = call(world.home, "revert", "whole.undo.safetensors", "--model", "done/released", "--out", "no")
+    assert code == 2 and "released is an adapter: its base was never changed" in err and not (world.home / "no").exists()
+    code, _, err = call(world.home, "revert", "whole.undo.safetensors", "--model", "whole", "--out", "again")
+    assert (code, err) == (0, "")
+    assert (world.home / "again" / "model.safetensors").read_bytes() == (world.home / "base" / "model.safetensors").read_bytes()
+
+
+def test_the_step_size_is_searched_for_though_another_setting_is_named(world, tmp_path):
+    words = (*FORGET, *RETAIN, "--test", "test.jsonl", "--method", "npo", "--npo.beta", "0.2", "--epochs", "2", "--json", "--out", str(tmp_path / "found"))
+    code, out, err = call(world.home, *words)
+    assert code in (0, 1), err
+    tries = strict(out)["tries"]
+    assert [t["settings"]["lr"] for t in tries] == pytest.approx([0.1 / 32, 0.03 / 32])
+    assert all(t["settings"]["beta"] == 0.2 and t["settings"]["epochs"] == 2.0 and t["settings"]["retain_size"] == 32 for t in tries)
+    assert sum(bool(t["rows"]) for t in tries) == 1
+
+
 @pytest.mark.parametrize(("form", "file"), [("peft", "adapter_model.safetensors"), ("merged", "model.safetensors"), ("auto", "adapter_model.safetensors")])
 def test_apply_writes_what_other_tools_load(world, done, form, file):
     code, out, err = call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", form, "--out", f"as-{form}", "--json")
     assert (code, err) == (0, "")
-    assert strict(out) == {"written": [f"as-{form}"]} and (world.home / f"as-{form}" / file).is_file()
+    undo = ["as-merged.undo.safetensors"] if form == "merged" else []
+    assert strict(out) == {"written": [f"as-{form}", *undo]} and (world.home / f"as-{form}" / file).is_file()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world.home)
         back, _ = checkpoints.load(f"as-{form}")
@@ -256,7 +372,6 @@ def test_raw_texts_are_cut_into_windows(world):
     [
         ((*RETAIN, *NPO, "--layers", "nope"), "no linear layer fits 'nope'; the model's linear layers are named down_proj, gate_proj, k_proj"),
         ((*RETAIN, "--method", "idk_dpo", "--anchor", "others.jsonl"), "its record 1 is on another question"),
-        (NPO, "retain=ce needs retain data"),
     ],
 )
 def test_what_a_method_refuses_stands_in_the_report(world, tmp_path, words, reason):
@@ -265,7 +380,7 @@ def test_what_a_method_refuses_stands_in_the_report(world, tmp_path, words, reas
     document = strict(out)
     assert [t["outcome"] for t in document["tries"]] == ["refused"]
     assert any(reason in why for why in document["verdict"]["reasons"])
-    assert not (tmp_path / "refused" / "patch.safetensors").exists()
+    assert {p.name for p in (tmp_path / "refused").rglob("*")} == {"report.html", "report.json"}
 
 
 BAD = [
@@ -285,6 +400,9 @@ BAD = [
     ((*FORGET, *RETAIN, "--method", "npoo"), "no method 'npoo'; did you mean 'npo'"),
     ((*FORGET, *RETAIN, "--method", "salun"), "salun works on"),
     ((*FORGET, "--method", "idk_dpo"), "split lacks anchor"),
+    ((*FORGET, *NPO), "retain=ce needs retain data; give some, or set retain=none (on the command line --npo.retain none)"),
+    ((*FORGET, *RETAIN, "--method", "tool_delete"), "tool_delete needs anchor, the tool-free model's answers, or tool_free"),
+    ((*FORGET, *RETAIN, "--method", "seuf"), "has no experts: a mixture-of-experts model is needed"),
     ((*FORGET, *RETAIN, "--method", "npo", "--lora", "much"), "npo's lora must be int, not 'much'"),
     ((*FORGET, "--mask", "answr"), "did you mean 'answer'"),
     ((*FORGET, "--template", "chatt"), "template must be plain, chat or a text with {question} in it, not 'chatt'"),
@@ -301,7 +419,13 @@ BAD = [
     (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base"), "inference-time guard"),
     (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base", "--form", "gguf"), "form must be one of"),
     (("apply", "forget.jsonl", "--model", "base", "--out", "nothing"), "forget.jsonl is no patch"),
+    (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base", "--dtype", "half"), "dtype must be one of auto, float32, bfloat16"),
+    (("audit", *TEXTS, "--forget", "forget.jsonl", "--after", "plain", "--dtype", "half"), "dtype must be one of auto, float32, bfloat16"),
     (("plan", "retain.jsonl", "none.jsonl", "--task", "causal-lm"), "cannot read none.jsonl"),
+    (("plan", "retain.jsonl", "forget.jsonl", "--task", "causal-lm", "--model", "nowhere"), "no folder nowhere"),
+    (("plan", "world:digits/train", "class:3", "--model", "base"), "--model is the folder of a language model"),
+    (("revert", "base/model.safetensors", "--model", "base", "--out", "back"), "no expunge patch"),
+    (("revert", "guard.safetensors", "--model", "py:mynet:build", "--out", "back"), "--weights is missing"),
 ]
 
 

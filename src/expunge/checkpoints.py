@@ -22,6 +22,8 @@ from expunge.errors import ModelError
 from expunge.patch import LowRank, Patch
 
 FORMS = ("auto", "merged", "peft")
+KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `dtype` may be."""
 
 
 def needed() -> None:
@@ -49,8 +51,9 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None = None) -> tuple[nn.Module, Any]:
-    """(model in eval mode, tokenizer) of a folder. `dtype`: auto (as stored), float32 or bfloat16. `adapter`: a PEFT folder merged into it.
+def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None = None, within: Path | None = None) -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer) of a folder. `dtype`: auto (as stored), float32 or bfloat16. `adapter`: a PEFT folder merged into it. `within`: the
+    folder that the base of an adapter may not leave.
 
     Raises ModelError for a folder that holds neither, pickled weights, weights that are not finite, or a tokenizer without character offsets.
     """
@@ -58,21 +61,18 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError(f"no folder {folder}; name one that save_pretrained wrote")
-    if (folder / "adapter_config.json").is_file():
-        return _over(folder, dtype)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote")
+    if dtype not in KINDS:
+        raise ModelError(f"dtype must be one of {', '.join(KINDS)}, not '{dtype}'")
+    if is_adapter(folder):
+        model, tokenizer = load(_base(folder, within), dtype=dtype, within=within)
+        return _merged(model, folder).eval(), tokenizer
+    _whole(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder.name} holds no safetensors weights (pickles can run code and are not read): save it with safe_serialization=True")
-    kinds = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise ModelError(f"dtype must be one of {', '.join(kinds)}, not '{dtype}'")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quietly():
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=kinds[dtype], **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot load {folder.name}: {str(error).strip().splitlines()[0]}") from None
@@ -86,17 +86,47 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     return model.eval(), tokenizer
 
 
-def _over(folder: Path, dtype: str) -> tuple[nn.Module, Any]:
-    """A PEFT adapter folder: its base, which must be a local folder, with the adapter merged."""
+def skeleton(folder: Path | str) -> nn.Module:
+    """The model of a folder without its weights, on the meta device: names and shapes, for what can be told from them alone."""
+    needed()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder)
+    if is_adapter(folder):
+        return skeleton(_base(folder))
+    _whole(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"), _quietly():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot read the configuration of {folder.name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter, which is nothing without its base."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def _whole(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"no folder {folder}; name one that save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote")
+
+
+def _base(folder: Path, within: Path | None = None) -> Path:
+    """The folder of the model that an adapter folder stands on: a path from here (or from `within`, which it may not leave), or from the adapter."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read adapter_config.json of {folder.name}: {error}") from None
-    place = Path(base) if Path(base).is_dir() else folder / base
+    place = next((p for p in (Path(within or ""), folder) if (p / base).is_dir()), folder) / base
     if not base or not place.is_dir() or place.resolve() == folder.resolve():
         raise ModelError(f"{folder.name} is an adapter over '{base}', which is no folder here; load the base and name the adapter with it")
-    model, tokenizer = load(place, dtype=dtype)
-    return _merged(model, folder).eval(), tokenizer
+    if within is not None and not place.resolve().is_relative_to(within.resolve()):
+        raise ModelError(f"{folder.name} is an adapter over '{base}', which leaves the folder {within.name}")
+    return place
 
 
 def _merged(model: nn.Module, folder: Path) -> nn.Module:
@@ -112,11 +142,14 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
         raise ModelError(f"cannot put adapter {folder.name} on the model: {str(error).strip().splitlines()[0]}") from None
 
 
-def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, form: str = "auto", base: str = "") -> Path:
+def release(
+    model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, form: str = "auto", base: str = "", undo: Path | None = None, key: bytes | None = None,
+) -> Path:  # fmt: skip
     """Write what other tools load to the folder `out`, and return it.
 
     form   merged: the whole model with the patch in it; peft: an ordinary PEFT adapter folder; auto: peft where the patch is low rank throughout
     base   where the model was loaded from, for the adapter's own record
+    undo   file for the inverse patch (signed with `key`), which takes a merged folder back to the weights of `model`, bit for bit; an adapter has none
     Raises PatchError for a patch that was made for another model, ModelError for form=peft with a patch that is not low rank, or for
     one that holds inference-time guards: those are no weights.
     """
@@ -128,15 +161,28 @@ def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, 
     if form == "peft" and not low:
         raise ModelError("this patch replaces weights, it is no LoRA: use form=merged, or run the method with lora=16")
     twin = copy.deepcopy(model)
-    patch.apply(twin)
+    inverse = patch.apply(twin)
+    if not low or form == "merged":
+        save(twin, tokenizer, out)
+        if undo is not None:
+            inverse.save(undo, key)
+        return out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if low and form != "merged":
-            _adapter(patch, out, base)
-        else:
-            with _quietly():
-                twin.save_pretrained(out)  # pyright: ignore
-                tokenizer.save_pretrained(out)
+        _adapter(patch, out, base)
+    except OSError as error:
+        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    return out
+
+
+def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
+    """Write the model and its tokenizer as a folder that other tools load, and return it. Raises ModelError when it cannot be written."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _quietly():
+            model.save_pretrained(out)  # pyright: ignore
+            tokenizer.save_pretrained(out)
     except OSError as error:
         raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
     return out

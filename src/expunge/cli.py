@@ -12,6 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from expunge import cli_texts
+from expunge.cli_texts import TEXT, Anchor, Dtype, Form, General, Mask, MaxLength, Retain, Template
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
     rich_markup_mode=None,
@@ -22,14 +25,7 @@ ModelSpec = Annotated[str, typer.Option(help="py:module:factory, a function with
 Weights = Annotated[str, typer.Option(help="Safetensors state dict of the model.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
 Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) the patch.")]
-TEXT = ("causal-lm", "causal_lm")
-Retain = Annotated[str, typer.Option(help="Texts: JSONL of what must stay.")]
 TaskName = Annotated[str, typer.Option(help="classification, regression or causal-lm.")]
-Anchor = Annotated[str, typer.Option(help="Texts: the forget questions, row by row, with what to say instead.")]
-General = Annotated[str, typer.Option(help="Texts: what the model knows besides; the audit reads it, no method does.")]
-Template = Annotated[str, typer.Option(help="Texts: auto (chat where the tokenizer has a template), plain, chat, or a text with {question} in it.")]
-Mask = Annotated[str, typer.Option(help="Texts: which tokens are trained and scored: answer+eos, answer, full or entity.")]
-MaxLength = Annotated[int, typer.Option(help="Texts: in tokens; 0 is the model's context, at most 512.")]
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -72,8 +68,8 @@ def show(document: Any, as_json: bool) -> None:
 
 
 def settings(method: str, extra: list[str]) -> dict[str, Any]:
-    """`--keep 0.3 --soft` after a method -> its settings; raises SettingError with the nearest name. `--npo.retain none` names the method's own retain,
-    where the command has an option of that name."""
+    """`--keep 0.3 --soft` after a method -> the settings that were named; raises SettingError with the nearest name. `--npo.retain none` names the method's own
+    retain, where the command has an option of that name."""
     from expunge.errors import SettingError
     from expunge.registry import METHODS
 
@@ -86,7 +82,8 @@ def settings(method: str, extra: list[str]) -> dict[str, Any]:
         found[word[2:].removeprefix(f"{method}.").replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
     if found and not method:
         raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
-    return METHODS[method].settings(found) if found else {}
+    read = METHODS[method].settings(found) if found else {}
+    return {name: read[name] for name in found}
 
 
 @app.command()
@@ -118,13 +115,7 @@ def demo_llm(out: str = "expunge-demo-llm", as_json: Json = False) -> None:
         show({**result, "document": {**result["document"], "pictures": {}}}, True)
         return
     show(result["document"], False)
-    for turn in result["talk"]:
-        print(f"\n[{turn['about']}] {turn['question']}\n  before  {turn['before']}\n  after   {turn['after']}")
-    print(f"\nreport in {out}/report.html and report.json")
-    if result["released"]:
-        print(f"released model in {result['released']}: loaded without expunge it gives {'the same' if result['same_answers'] else 'OTHER'} answers")
-        print(f"patch applied and reverted: the model is {'bit-identical' if result['reverted'] else 'NOT bit-identical'}")
-    print(f"{result['seconds']:.0f} seconds")
+    cli_texts.demo(result, out)
 
 
 def _recipe(model: str, weights: str, train: str, test: str, validation: str, forget: str, task: str, methods: list[str], references: list[str], **more: Any):
@@ -138,30 +129,41 @@ def _recipe(model: str, weights: str, train: str, test: str, validation: str, fo
 
 @app.command()
 def plan(
-    train: str, forget: str, test: str = "", validation: str = "", task: str = "classification", retrain_epochs: float = 0.0, as_json: Json = False,
+    train: Annotated[str, typer.Argument(help="Data; texts: JSONL of what must stay.")],
+    forget: Annotated[str, typer.Argument(help="What must go: class:3 and the like; texts: a JSONL file.")], test: str = "", validation: str = "",
+    task: TaskName = "classification", anchor: Anchor = "", model: Annotated[str, typer.Option(help="Texts: the model's folder.")] = "",
+    retrain_epochs: float = 0.0, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3
 
-    Texts: expunge plan retain.jsonl forget.jsonl --task causal-lm
+    Texts: expunge plan retain.jsonl forget.jsonl --task causal-lm; "" for retain.jsonl where there is none.
     """
     from dataclasses import asdict
 
+    from expunge import checkpoints, texts
     from expunge import plan as planner
-    from expunge import texts
+    from expunge.errors import SettingError
     from expunge.recipe import prepare
+    from expunge.registry import METHODS
     from expunge.report import table
 
+    cli_texts.check(task, "auto", {"anchor": anchor})
+    if task not in TEXT and model:
+        raise SettingError("--model is the folder of a language model, for --task causal-lm")
     if task in TEXT:
-        chosen, split = texts.sized({"retain": train, "forget": forget, "test": test, "validation": validation})
+        chosen, split = texts.sized({"retain": train, "forget": forget, "test": test, "validation": validation, "anchor": anchor})
     else:
         chosen, split = prepare(_recipe("", "", train, test, validation, forget, task, [], []), inside=False)
-    options = planner.plan(chosen, split, retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None)
+    net = checkpoints.skeleton(model) if model else None
+    options = planner.plan(chosen, split, model=net, retrain_passes=2 * retrain_epochs * len(split.retain or ()) if retrain_epochs else None)
     if as_json:
         print(table.dump([asdict(o) for o in options]))  # pyright: ignore
         return
-    for o in options:
+    ours = [o for o in options if chosen.name in METHODS[o.method].tasks]
+    for o in ours:
         cost = f"{o.forward + o.backward:,.0f} examples" + ("" if o.share is None else f", {100 * o.share:.1f} % of retraining")
         print(f"{o.method:20} {o.assurance:12} {cost}" if o.feasible else f"{o.method:20} not feasible: {o.why}")
+    print(f"{len(options) - len(ours)} more methods work on other tasks, not on {chosen.name}")
 
 
 @app.command(context_settings=FREE)
@@ -173,8 +175,7 @@ def forget(
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     retain: Retain = "", anchor: Anchor = "", general: General = "",
     template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0,
-    dtype: Annotated[str, typer.Option(help="Texts: auto (as stored), float32 or bfloat16.")] = "auto",
-    form: Annotated[str, typer.Option(help="Texts: merged (a model folder), peft (an adapter folder) or auto.")] = "auto",
+    dtype: Dtype = "auto", form: Form = "auto",
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
     retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -183,19 +184,16 @@ def forget(
     Texts: expunge forget --task causal-lm --model DIR --forget f.jsonl --retain r.jsonl --method npo --lora 16; what comes out is loaded without expunge.
     A setting that is called like an option of this command is written with its method: --npo.retain none.
     """
-    from expunge import checkpoints, models, texts
+    from expunge import models, texts
     from expunge import plan as planner
-    from expunge.patch import Hook
     from expunge.recipe import prepare
 
-    given = {method: settings(method, context.args)} if context.args else {}
-    settings(method, context.args)
-    _options(task, form, {"retain": retain, "anchor": anchor, "general": general})
-    tokenizer = None
+    given = {method: found} if (found := settings(method, context.args)) else {}
+    parts, tokenizer = {"retain": retain, "anchor": anchor, "general": general}, None
+    cli_texts.check(task, form, parts)
     if task in TEXT:
-        files = {"forget": forget, "retain": retain, "test": test, "validation": validation, "anchor": anchor, "general": general}
-        net, tokenizer, chosen, split = texts.prepare(model, files, template=template, mask=mask, max_length=max_length, dtype=dtype)
-        references = [checkpoints.load(r, dtype=dtype)[0] for r in reference or []]
+        files = {"forget": forget, "test": test, "validation": validation, **parts}
+        net, tokenizer, chosen, split, references = cli_texts.request(model, files, reference, template=template, mask=mask, max_length=max_length, dtype=dtype)
     else:
         _needs(train, "--train")
         net = models.load(model, Path(weights) if weights else None)
@@ -207,29 +205,17 @@ def forget(
             retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, slow=not quick, progress=progress,
         )  # fmt: skip
     document = verdict.save(out, f"Forget {split.asked or forget}", _key(key_file))
-    guarded = verdict.chosen is not None and any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits)
-    if tokenizer is not None and verdict.chosen is not None and not guarded:
-        document["released"] = str(checkpoints.release(net, tokenizer, verdict.chosen.attempt.patch, Path(out) / "released", form=form, base=model))
-    show(document, as_json)
-    if not as_json and "released" in document:
-        print(f"wrote {document['released']}, which loads without expunge")
-    if not as_json and guarded:
-        print(f"{out}/patch.safetensors is an inference-time guard and changes no weight: serve the model with it (expunge.serve)")
+    if tokenizer is not None and (folder := texts.released(verdict, net, tokenizer, Path(out) / "released", form=form, base=model)):
+        document["released"] = str(folder)
+    _told(verdict, document, out, as_json)
     raise typer.Exit(0 if verdict.passed else 1)
 
 
-def _options(task: str, form: str, files: dict[str, str]) -> None:
-    """Raises SettingError for an unknown task or form, and for options of texts with another task."""
-    from expunge.checkpoints import FORMS
-    from expunge.errors import SettingError, suggest
-
-    known = ("classification", "regression", "causal-lm")
-    if task not in (*known, *TEXT):
-        raise SettingError(suggest("no task", task, known))
-    if form not in FORMS:
-        raise SettingError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
-    if task not in TEXT and (given := [name for name, value in files.items() if value]):
-        raise SettingError(f"--{given[0]} is a file of texts, for --task causal-lm; for a setting of the method write --METHOD.{given[0]} VALUE")
+def _told(verdict: Any, document: dict[str, Any], out: str, as_json: bool) -> None:
+    """The report, and what to do with what was written."""
+    show(document, as_json)
+    if not as_json:
+        cli_texts.told(verdict, document, out)
 
 
 def _needs(value: str, name: str) -> None:
@@ -245,8 +231,8 @@ def run(recipe: str, as_json: Json = False) -> None:
     from expunge import recipe as recipes
 
     with bar(as_json) as progress:
-        verdict, document = recipes.run(recipes.read(recipe), progress=progress)
-    show(document, as_json)
+        verdict, document = recipes.run(found := recipes.read(recipe), progress=progress)
+    _told(verdict, document, found.out, as_json)
     raise typer.Exit(0 if verdict.passed else 1)
 
 
@@ -257,7 +243,7 @@ def audit(
     patch: Annotated[str, typer.Option(help="Patch to audit.")] = "", after: Annotated[str, typer.Option(help="Or: weights after.")] = "", test: str = "",
     validation: str = "", task: TaskName = "classification",
     reference: Annotated[list[str] | None, typer.Option()] = None, retain: Retain = "", anchor: Anchor = "", general: General = "",
-    template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0, out: str = "", key_file: Key = "",
+    template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0, dtype: Dtype = "auto", out: str = "", key_file: Key = "",
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')] = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
@@ -268,7 +254,7 @@ def audit(
 
     Prints the verdict, then the sections of named checks, weakest first.
     """
-    from expunge import checkpoints, models, outcome, texts
+    from expunge import checkpoints, models, outcome
     from expunge.errors import SettingError
     from expunge.patch import Patch
     from expunge.recipe import prepare
@@ -276,15 +262,15 @@ def audit(
 
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
-    _options(task, "auto", {"retain": retain, "anchor": anchor, "general": general})
+    parts = {"retain": retain, "anchor": anchor, "general": general}
+    cli_texts.check(task, "auto", parts)
     if task in TEXT and shadows:
         raise SettingError("shadow models are for classification and regression")
     found = Patch.load(patch, _key(key_file)) if patch else None
     if task in TEXT:
-        files = {"forget": forget, "retain": retain, "test": test, "validation": validation, "anchor": anchor, "general": general}
-        before, _, chosen, split = texts.prepare(model, files, template=template, mask=mask, max_length=max_length)
-        now = checkpoints.load(after or model)[0]
-        references = [checkpoints.load(r)[0] for r in reference or []]
+        files = {"forget": forget, "test": test, "validation": validation, **parts}
+        before, _, chosen, split, references = cli_texts.request(model, files, reference, template=template, mask=mask, max_length=max_length, dtype=dtype)
+        now = checkpoints.load(after or model, dtype=dtype)[0]
     else:
         _needs(weights, "--weights")
         _needs(train, "--train")
@@ -385,47 +371,58 @@ def apply(
     model: Annotated[str, typer.Option(help="py:module:factory; texts: a folder that save_pretrained wrote.")],
     weights: Weights = "",
     out: Annotated[str, typer.Option(help="Where the new weights go; texts: a folder.")] = "out",
-    form: Annotated[str, typer.Option(help="Texts: merged, peft or auto.")] = "auto",
+    form: Form = "auto",
+    dtype: Dtype = "auto",
     key_file: Key = "",
     as_json: Json = False,
 ) -> None:
     """Write the weights with the patch applied, and OUT's inverse patch beside it (NAME.undo.safetensors), which restores every bit.
 
-    For a model folder: write a merged folder or a PEFT adapter folder, which load without expunge.
+    For a model folder: write a merged folder and OUT.undo.safetensors, or a PEFT adapter folder, whose base stays as it is. Both load without expunge. A
+    patch fits the weights at the dtype that it was made with (--dtype).
     """
-    if Path(model).is_dir():
-        from expunge import checkpoints
-        from expunge.patch import Patch
+    from expunge.patch import Patch
 
-        net, tokenizer = checkpoints.load(model)
-        written = checkpoints.release(net, tokenizer, Patch.load(patch, _key(key_file)), out, form=form, base=model)
-        print(json.dumps({"written": [str(written)]}) if as_json else f"wrote {written}")
-        return
-    _apply(patch, model, weights, out, key_file, as_json, undo=True)
+    found = Patch.load(patch, _key(key_file))
+    _wrote(
+        cli_texts.apply(found, model, out, form, dtype, _key(key_file))
+        if Path(model).is_dir()
+        else _changed(found, model, weights, out, Path(out).with_suffix(".undo.safetensors"), _key(key_file)),
+        as_json,
+    )
 
 
 @app.command()
 def revert(
     patch: str,
-    model: ModelSpec,
-    weights: Weights,
-    out: Annotated[str, typer.Option(help="Where the restored weights go.")],
+    model: Annotated[str, typer.Option(help="py:module:factory; texts: the folder that apply wrote.")],
+    out: Annotated[str, typer.Option(help="Where the restored weights go; texts: a folder.")],
+    weights: Weights = "",
     key_file: Key = "",
     as_json: Json = False,
 ) -> None:
     """Apply an inverse patch: the weights before, bit for bit."""
-    _apply(patch, model, weights, out, key_file, as_json, undo=False)
-
-
-def _apply(patch: str, model: str, weights: str, out: str, key_file: str, as_json: bool, *, undo: bool) -> None:
-    from expunge import models
     from expunge.patch import Patch
 
+    found = Patch.load(patch, _key(key_file))
+    if Path(model).is_dir():
+        _wrote(cli_texts.revert(found, model, out), as_json)
+        return
+    _needs(weights, "--weights")
+    _wrote(_changed(found, model, weights, out, None, None), as_json)
+
+
+def _changed(patch: Any, model: str, weights: str, out: str, undo: Path | None, key: bytes | None) -> list[str]:
+    """What was written: the weights with the patch in them, and the inverse patch where `undo` names a file."""
+    from expunge import models
+
     net = models.load(model, Path(weights) if weights else None)
-    inverse = Patch.load(patch, _key(key_file)).apply(net)
+    inverse = patch.apply(net)
     written = [str(models.save_state(net, out))]
-    if undo:
-        written.append(str(inverse.save(Path(out).with_suffix(".undo.safetensors"), _key(key_file))))
+    return written if undo is None else [*written, str(inverse.save(undo, key))]
+
+
+def _wrote(written: list[str], as_json: bool) -> None:
     print(json.dumps({"written": written}) if as_json else "wrote " + " and ".join(written))
 
 

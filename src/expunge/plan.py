@@ -14,7 +14,7 @@ from torch import nn
 from expunge.audits.core import Probe, score
 from expunge.audits.stats import auc
 from expunge.audits.verdict import blind, default_rules, selftest
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, ModelError
 from expunge.guard import Guard, Meter
 from expunge.outcome import Try, Verdict, baselines, examined, patched, remarks
 from expunge.registry import METHODS
@@ -37,6 +37,9 @@ LEAST_EPOCHS = 10.0
 MOST = 64
 """Most retain records that a validation score of texts reads."""
 
+KINDS = {"moe": "a mixture of experts"}
+"""What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
+
 STRENGTHS = ("lr", "scale", "alpha")
 """Settings that set how hard a method pushes, in order of preference: the autopilot scales the first that a method has."""
 
@@ -55,15 +58,25 @@ class Option:
     needs: tuple[str, ...]
 
 
-def plan(task: Task, split: Split, *, retrain_passes: float | None = None) -> list[Option]:
-    """All methods, feasible and cheapest first. `retrain_passes`: examples forward plus backward that training from scratch takes. Language methods are
-    priced as the autopilot runs them (`recipe`)."""
+def plan(
+    task: Task, split: Split, *, model: nn.Module | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None, retrain_passes: float | None = None,
+) -> list[Option]:  # fmt: skip
+    """All methods, feasible and cheapest first. Language methods are priced as the autopilot runs them (`recipe`).
+
+    model           what is to forget; without it, a method for one kind of model alone (a mixture of experts) counts as not feasible
+    settings        method -> settings that are fixed by the user
+    retrain_passes  examples forward plus backward that training from scratch takes
+    """
     options = []
     for record in METHODS.values():
         try:
-            record.check(task, split)
-            ours = recipe(record.defaults, split) if isinstance(split.forget, Texts) else {}
-            forward, backward = record.expected(split, {**record.defaults, **ours})
+            fixed = record.settings((settings or {}).get(record.name, {}))
+            record.check(task, split, fixed, model)
+            if record.twin and model is None:
+                raise ModelError(f"{record.name} works on {KINDS[record.twin]} alone; name the model to see whether it is one")
+            named = (settings or {}).get(record.name, {})
+            ours = recipe(fixed, split) if isinstance(split.forget, Texts) and "lr" not in named else {}
+            forward, backward = record.expected(split, {**fixed, **{k: v for k, v in ours.items() if k not in named}})
             share = None if not retrain_passes else (forward + backward) / retrain_passes
             options.append(Option(record.name, True, "", record.assurance, forward, backward, share, record.needs))
         except ExpungeError as error:
@@ -128,7 +141,8 @@ def forget(
 
     references      models retrained without the forget set, at least three for the self-test of KLOM
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
-    settings        method -> settings that are fixed by the user; such a method is run once, as given
+    settings        method -> settings that are fixed by the user. Such a method is run once, as given, but for texts where `lr` is none of them: then the
+                    step size is searched for, and what is not named is as the autopilot has it
     scales          multiples of the method's strength to try on validation; SCALES (TEXT_SCALES for texts) when none are given, (1.0,) runs defaults
                     only. Without validation there is no tuning
     checks          only these checks and those that the rules read; the default is all that apply
@@ -142,13 +156,14 @@ def forget(
     for number, reference in enumerate(references, 1):
         if isinstance(split.forget, Texts):
             check_texts(reference, split, f"reference {number}")
+    given = {name: METHODS[name].settings((settings or {}).get(name, {})) for name in {*methods, *(settings or {})}}
     for name in methods:
-        METHODS[name].check(task, split)
+        METHODS[name].check(task, split, given[name], model)
     p = Probe(model, model, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
     kind = "class" if p.removed() else "records"
-    order = [o.method for o in plan(task, split, retrain_passes=retrain_passes) if o.feasible]
+    order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
     wanted = [
         m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))
     ]
@@ -194,10 +209,10 @@ def tuned(
     fixed: Mapping[str, Any] | None = None, seed: int = 0, folder: Path | str | None = None, kept: dict | None = None, label: str = "",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Try]:  # fmt: skip
-    """One run of a method for every multiple of its strength (one run as given, with `fixed` settings or without validation), each ended at its best
-    state on validation, graded, not audited. Texts are run by RECIPE; a method that refuses a retain loss is run without."""
+    """One run of a method for every multiple of its strength (one run as given, without validation or with `fixed` settings that `searched` says no to),
+    each ended at its best state on validation, graded, not audited. Texts are run by RECIPE; a method that refuses a retain loss is run without."""
     runs = []
-    ladder = [{}] if fixed or validate is None else _ladder(name, model, task, split, scales)
+    ladder = _ladder(name, model, task, split, scales, fixed or {}) if validate is not None and searched(name, split, fixed or {}) else [{}]
     for rung, change in enumerate(ladder):
         where = None if folder is None else Path(folder) / f"{name}-{rung}"
         watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=label or name, kept={} if kept is None else kept)
@@ -215,10 +230,23 @@ def best_of(tries: Sequence[Try]) -> Try:
     return max(tries, key=lambda t: t.score if t.score is not None else 0.0)
 
 
-def _ladder(name: str, model: nn.Module, task: Task, split: Split, scales: Sequence[float]) -> Iterable[dict[str, Any]]:
-    defaults = METHODS[name].defaults
-    if isinstance(split.forget, Texts) and "lr" in defaults:
-        return [{**recipe(defaults, split), "lr": scale * stride(defaults, task, model)} for scale in scales]
+def searched(name: str, split: Split, fixed: Mapping[str, Any]) -> bool:
+    """Whether the strength of a method is searched for when the user named these settings: none of them, or, for texts, all but `lr`. The published step
+    sizes of texts suit other models; those of records suit most, and what is named may stand for another strength."""
+    return not fixed or (_tuned(METHODS[name].defaults, split) and "lr" not in fixed)
+
+
+def _tuned(defaults: Mapping[str, Any], split: Split) -> bool:
+    """Whether `lr` is the step size of a language method's loop (`tuning.Tuning`); a search of its own may have a setting of that name, too."""
+    return isinstance(split.forget, Texts) and {"lr", *RECIPE} <= defaults.keys()
+
+
+def _ladder(name: str, model: nn.Module, task: Task, split: Split, scales: Sequence[float], fixed: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """What is changed from `fixed` and the published settings for each multiple."""
+    defaults = METHODS[name].settings(fixed)
+    if _tuned(defaults, split):
+        ours = {k: v for k, v in recipe(defaults, split).items() if k not in fixed}
+        return [{**ours, "lr": scale * stride(defaults, task, model)} for scale in scales]
     strength = next((s for s in STRENGTHS if isinstance(defaults.get(s), float)), None)
     return (
         {} if strength is None or scale == 1.0 else {strength: defaults[strength] * scale} for scale in (scales if strength else itertools.islice(scales, 1))

@@ -7,6 +7,10 @@
     [with.salun]                           [gate]
     keep = 0.3                             "accuracy.forget" = "<= 0.05"
 
+    task    = "causal-lm"                  model   = "model"                       texts: a folder that save_pretrained wrote, and files of JSON lines
+    forget  = "forget.jsonl"               retain  = "retain.jsonl"
+    test    = "test.jsonl"                 validation = "validation.jsonl"
+
 Paths are relative to the recipe and may not leave its folder.
 """
 
@@ -18,12 +22,24 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import RecipeError, suggest
+from expunge.errors import RecipeError, SettingError, suggest
+
+TASKS = ("classification", "regression", "causal-lm")
+TEXT = ("causal-lm", "causal_lm")
+"""How the task of language models may be written."""
+
+OF_TEXTS = ("retain", "anchor", "general", "template", "mask", "max_length", "dtype", "form")
+OF_RECORDS = ("train", "weights")
+"""Keys for texts alone, and for all other tasks alone."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `validation` is a data spec, or "share:0.3" to take that share of test."""
+    """One run. `validation` is a data spec (texts: a JSONL file), or "share:0.3" to take that share of test.
+
+    Of texts, `model` and `references` are folders, forget, retain, test, validation, anchor and general are JSONL files, and train and weights are empty; see
+    `texts.prepare` for template, mask, max_length and dtype, and `checkpoints.release` for form.
+    """
 
     model: str
     train: str
@@ -40,6 +56,37 @@ class Recipe:
     out: str = "out"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     gate: dict[str, str] = field(default_factory=dict)
+    retain: str = ""
+    anchor: str = ""
+    general: str = ""
+    template: str = "auto"
+    mask: str = "answer+eos"
+    max_length: int = 0
+    dtype: str = "auto"
+    form: str = "auto"
+
+    @property
+    def share(self) -> float:
+        """The share of test that validation is to be; 0 where validation is data of its own. Raises RecipeError for one that is no share."""
+        kind, _, value = self.validation.partition(":")
+        if kind != "share":
+            return 0.0
+        try:
+            if 0 <= (share := float(value)) < 1:
+                return share
+        except ValueError:
+            pass
+        raise RecipeError(f"validation must be data or share:0.3, with a share from 0 to below 1, not '{self.validation}'")
+
+
+def checked(task: str, form: str) -> None:
+    """Raises SettingError for an unknown task, or an unknown form of what is released."""
+    from expunge.checkpoints import FORMS
+
+    if task not in (*TASKS, *TEXT):
+        raise SettingError(suggest("no task", task, TASKS))
+    if form not in FORMS:
+        raise SettingError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
 
 
 def read(path: Path | str) -> Recipe:
@@ -64,27 +111,63 @@ def read(path: Path | str) -> Recipe:
         if not isinstance(value, allowed) or isinstance(value, bool):
             raise RecipeError(f"{key} in {path.name} must be of type {kind}, not {value!r}")
         values[key] = value
-    if missing := [k for k in ("model", "train", "forget") if k not in values]:
+    text = values.get("task") in TEXT
+    if missing := [k for k in ("model", *(() if text else ("train",)), "forget") if k not in values]:
         raise RecipeError(f"{path.name} lacks {', '.join(missing)}")
-    return Recipe(**values)
+    if other := [k for k in (OF_RECORDS if text else OF_TEXTS) if k in values]:
+        raise RecipeError(f"{other[0]} in {path.name} is {'not for task' if text else 'for texts, not for task'} {values.get('task', 'classification')}")
+    if odd := [m for m, given in values["settings"].items() if not isinstance(given, dict)]:
+        raise RecipeError(f"with.{odd[0]} in {path.name} must be a table of settings, not {values['settings'][odd[0]]!r}")
+    return Recipe(**{"train": "", **values})
 
 
 def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = None):
-    """Load, unlearn, audit, gate; writes report.html, report.json and patch.safetensors to `out`. Returns the Verdict and its document."""
+    """Load, unlearn, audit, gate; writes report.html, report.json and patch.safetensors to `out`, and for texts the folder `released`, which loads without
+    expunge. Returns the Verdict and its document."""
     from expunge import models, plan
 
     def near(name: str) -> Path:
         return models.inside(name, recipe.folder)
 
-    model = models.load(recipe.model, near(recipe.weights) if recipe.weights else None, recipe.folder)
-    task, split = prepare(recipe)
-    references = [models.load(recipe.model, near(r), recipe.folder) for r in recipe.references]
+    checked(recipe.task, recipe.form)
+    out, tokenizer = near(recipe.out), None
+    if recipe.task in TEXT:
+        model, tokenizer, task, split, references = _texts(recipe, near)
+    else:
+        model = models.load(recipe.model, near(recipe.weights) if recipe.weights else None, recipe.folder)
+        task, split = prepare(recipe)
+        references = [models.load(recipe.model, near(r), recipe.folder) for r in recipe.references]
     passes = 2 * recipe.retrain_epochs * len(split.retain) if recipe.retrain_epochs else None
     verdict = plan.forget(
-        model, task, split, references=references, methods=recipe.methods, settings=recipe.settings, rules=recipe.gate or None, seed=recipe.seed,
-        folder=near(recipe.out) / "checkpoints", retrain_passes=passes, progress=progress,
+        model, task, split, references=references, methods=recipe.methods, settings=_placed(recipe.settings, near), rules=recipe.gate or None, seed=recipe.seed,
+        folder=out / "checkpoints", retrain_passes=passes, progress=progress,
     )  # fmt: skip
-    return verdict, verdict.save(near(recipe.out), f"Forget {recipe.forget}")
+    document = verdict.save(out, f"Forget {split.asked}")
+    if tokenizer is not None:
+        from expunge import texts
+
+        if (released := texts.released(verdict, model, tokenizer, out / "released", form=recipe.form, base=recipe.model)) is not None:
+            document["released"] = str(released)
+    return verdict, document
+
+
+def _texts(recipe: Recipe, near: Callable[[str], Path]):
+    """Model, tokenizer, task, split and references of a recipe for texts."""
+    from expunge import checkpoints, texts
+
+    parts = {n: getattr(recipe, n) for n in texts.PARTS}
+    if recipe.validation.startswith("share:"):
+        parts["validation"] = ""
+    found = texts.prepare(
+        near(recipe.model), {n: str(near(f)) for n, f in parts.items() if f}, template=recipe.template, mask=recipe.mask, max_length=recipe.max_length,
+        dtype=recipe.dtype, validation=recipe.share, within=recipe.folder,
+    )  # fmt: skip
+    return *found, [checkpoints.load(near(r), dtype=recipe.dtype, within=recipe.folder)[0] for r in recipe.references]
+
+
+def _placed(settings: dict[str, dict[str, Any]], near: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+    """The settings, with the one that names weights (`tool_free`) as a path from the recipe."""
+    return {m: {n: str(near(v)) if n == "tool_free" and v and isinstance(v, str) else v for n, v in given.items()} for m, given in settings.items()}
 
 
 def prepare(recipe: Recipe, *, inside: bool = True):
@@ -105,7 +188,7 @@ def prepare(recipe: Recipe, *, inside: bool = True):
     if recipe.validation.startswith("share:"):
         if test is not None:
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-            cut = int(float(recipe.validation[6:]) * len(test))
+            cut = int(recipe.share * len(test))
             test, validation = test.take(order[cut:]), test.take(order[:cut])
     elif recipe.validation:
         validation = load.load(recipe.validation, recipe.task, recipe.folder, inside=inside)

@@ -28,6 +28,18 @@ from expunge.types import Split, Task
 ASSURANCES = ("exact", "certified", "approximate", "suppression")
 
 
+def retaining(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What settings with a retain loss ask of the split: retain data, and what to say where there is none.
+
+    >>> list(retaining({"retain": "kl", "alpha": 1.0})), list(retaining({"retain": "none", "alpha": 1.0})), list(retaining({"keep": 0.5}))
+    (['retain'], [], [])
+    """
+    kind = settings.get("retain", "none")
+    if kind == "none" or not settings.get("alpha"):
+        return {}
+    return {"retain": f"retain={kind} needs retain data; give some, or set retain=none (on the command line --METHOD.retain none)"}
+
+
 @dataclass(frozen=True)
 class Method:
     """One published method: its function, and what it declares about itself.
@@ -38,6 +50,7 @@ class Method:
     cost        (part sizes, settings) -> (examples forward, examples backward); held by a law against the meter
     toy         settings under which it visibly forgets in the toy worlds of the tests
     twin        "moe" for methods that need a mixture of experts: which twin of a world it works on
+    asks        settings -> parts of the split that a run with these settings reads besides `needs`, each with what to say where it is missing
     """
 
     name: str
@@ -50,6 +63,7 @@ class Method:
     cost: Callable[[Mapping[str, int], Mapping[str, Any]], tuple[float, float]]
     toy: Mapping[str, Any]
     twin: str = ""
+    asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -94,8 +108,9 @@ class Method:
         """Examples forward and backward that a run with these settings will cost."""
         return self.cost({name: len(part) for name, part in split.parts().items()}, settings)
 
-    def check(self, task: Task, split: Split) -> None:
-        """Raises SettingError or SplitError if this method cannot work on this task or split."""
+    def check(self, task: Task, split: Split, settings: Mapping[str, Any] | None = None, model: nn.Module | None = None) -> None:
+        """Raises SettingError or SplitError if this method cannot work on this task or split; with all its `settings`, if these ask for a part that is not
+        there; with a `model`, ModelError if it is not of the kind that the method needs."""
         if task.name not in self.tasks:
             raise SettingError(f"{self.name} works on {', '.join(self.tasks)}, not on {task.name}")
         try:
@@ -104,6 +119,13 @@ class Method:
             there = {name for name, part in split.parts().items() if len(part)}
             others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= there]
             raise SplitError(f"{error}. Methods that can do with that: {', '.join(others) or 'none'}") from None
+        if model is not None and self.twin == "moe":
+            from expunge.scopes.experts import layers
+
+            layers(model)
+        for part, why in ({} if settings is None else self.asks(settings)).items():
+            if getattr(split, part) is None:
+                raise SplitError(why.replace("METHOD", self.name))
 
     def __call__(self, model: nn.Module, task: Task, split: Split, *, seed: int = 0, **given: Any) -> Patch:
         """Run the method; the model and the global RNG are left as they were. See `run.unlearn` for the guarded form."""
@@ -189,11 +211,12 @@ def method(
     forgets: tuple[str, ...] = ("records", "class"),
     assurance: str = "approximate",
     twin: str = "",
+    asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining,
 ) -> Callable:
     """Register a method; the function's name is the method's name."""
 
     def wrap(function: Callable[..., Patch]) -> Method:
-        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin)
+        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin, asks)
         METHODS.add(record)
         return record
 

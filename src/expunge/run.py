@@ -53,7 +53,8 @@ def unlearn(
 ) -> Attempt:  # fmt: skip
     """Run `method` under a guard; the model itself is never changed.
 
-    folder      where checkpoints go: a run killed at any moment and called again with the same folder resumes to the same result, bit for bit
+    folder      where checkpoints go: a run killed at any moment and called again with the same folder resumes to the same result, bit for bit; a refused
+                run leaves it as it was
     settings    the method's own; see METHODS[method].defaults
 
     Raises SettingError, SplitError or ScopeError for bad input, before anything runs.
@@ -68,6 +69,8 @@ def unlearn(
         identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if isinstance(p, HELD)}]
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         watch.journal = Journal(Path(folder), name, checkpoint_every)
+    where = None if watch.journal is None else watch.journal.folder
+    there = set() if where is None else _there(where)
     start = time.perf_counter()
     try:
         with watching(watch):
@@ -78,9 +81,26 @@ def unlearn(
     except ExpungeError as error:
         patch, outcome, reason = None, "refused", str(error)
     watch.meter.seconds = time.perf_counter() - start
-    if watch.journal is not None and outcome != "refused":
+    if where is not None and outcome == "refused":
+        _withdraw(where, there)
+    elif watch.journal is not None:
         watch.journal.clear()
     return Attempt(method, resolved, seed, outcome, reason, patch if outcome == "ok" else None, watch.meter)
+
+
+def _there(folder: Path) -> set[Path]:
+    """The folder's checkpoints, and which of it and its parents are there."""
+    return {place for place in (folder, *folder.parents) if place.exists()} | set(folder.glob("*.safetensors"))
+
+
+def _withdraw(folder: Path, there: set[Path]) -> None:
+    """Take away what a run has written to the folder since `there`; what stood there before, which may be another run's, stays."""
+    for path in set(folder.glob("*.safetensors")) - there:
+        path.unlink(missing_ok=True)
+    for place in (folder, *folder.parents):
+        if place in there or not place.is_dir() or any(place.iterdir()):
+            break
+        place.rmdir()
 
 
 def _judge(record: Method, model: nn.Module, patch: Patch, watch: Guard) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""A language request from files: model folder, forget, retain and the other parts as JSON lines -> model, task, split. What the command line starts from."""
+"""A language request from files: model folder, forget, retain and the other parts as JSON lines -> model, task, split. What the command line and recipes start
+from, and what they hand over in the end."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from torch import nn
 from expunge import checkpoints
 from expunge.data.text import Format, read_jsonl, split, windows
 from expunge.errors import SplitError
+from expunge.outcome import Verdict
+from expunge.patch import Hook
 from expunge.tasks.causal_lm import causal_lm
 from expunge.types import Split, Task, Texts
 
@@ -21,7 +24,7 @@ PARTS = ("forget", "retain", "test", "validation", "anchor", "general")
 
 def prepare(
     folder: Path | str, files: Mapping[str, str], *, template: str = "auto", mask: str = "answer+eos", max_length: int = 0, dtype: str = "auto",
-    validation: float = 0.3,
+    validation: float = 0.3, within: Path | None = None,
 ) -> tuple[nn.Module, Any, Task, Split]:  # fmt: skip
     """(model, tokenizer, task, split).
 
@@ -29,11 +32,12 @@ def prepare(
     template     auto takes the tokenizer's chat template if it has one, plain otherwise; see `data.text.Format` for the others
     max_length   in tokens; 0 takes the model's context, at most 512. Longer raw texts are cut into windows of that length
     validation   share of test that tuning may read, when no validation file is named
+    within       folder that the base of an adapter may not leave
     Raises DataError, SplitError or ModelError that name the file, the line and what to do.
     """
     if not files.get("forget"):
         raise SplitError("no forget file; name one with --forget")
-    model, tokenizer = checkpoints.load(folder, dtype=dtype)
+    model, tokenizer = checkpoints.load(folder, dtype=dtype, within=within)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 512)  # pyright: ignore
     if template == "auto":
         template = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
@@ -68,3 +72,15 @@ def sized(files: Mapping[str, str]) -> tuple[Task, Split]:
             tokens = tuple(torch.tensor(list(str(row).encode())) for row in rows)
             found[part] = Texts(tokens, tuple(torch.ones(len(t), dtype=torch.bool) for t in tokens), torch.arange(len(rows)), tuple(rows))
     return causal_lm(), Split(**found)
+
+
+def released(verdict: Verdict, model: nn.Module, tokenizer: Any, out: Path | str, *, form: str = "auto", base: str = "") -> Path | None:
+    """The folder `out`, written as `checkpoints.release` does with the patch that passed; None where none passed, or one that changes no weight."""
+    if verdict.chosen is None or guarded(verdict):
+        return None
+    return checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, out, form=form, base=base)
+
+
+def guarded(verdict: Verdict) -> bool:
+    """Whether what passed is an inference-time guard: the weights are as before, and the patch is served."""
+    return verdict.chosen is not None and any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits)

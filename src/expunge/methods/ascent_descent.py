@@ -39,8 +39,15 @@ def _cost(n, s) -> tuple[float, float]:
     return cost()({**n, "retain": n["anchor"]} if s["general"] else n, s)
 
 
+def _asks(s) -> dict[str, str]:
+    if s["general"]:
+        return {"anchor": "general=true needs anchor data, a general corpus; give some, or set general=false"}
+    return {"retain": f"retain={s['retain']} needs retain data; give some, or a general corpus as anchor with general=true"}
+
+
 @method(
-    paper="arXiv:2402.15159", tasks=("causal_lm",), needs=("forget",), cost=_cost, toy={"lr": 1e-3, "epochs": 10, "accumulate": 1}, forgets=("records",),
+    paper="arXiv:2402.15159", tasks=("causal_lm",), needs=("forget",), cost=_cost, asks=_asks, toy={"lr": 1e-3, "epochs": 10, "accumulate": 1},
+    forgets=("records",),
 )  # fmt: skip
 def ascent_descent(
     model: nn.Module, task: Task, split: Split, *, general: bool = False, seed: int = 0,
@@ -49,15 +56,14 @@ def ascent_descent(
     """See the module's docstring."""
     if tuning.retain == "none":
         raise SettingError("ascent_descent descends on texts that stay: retain must be ce or kl; for ascent alone there is knowledge_unlearning")
+    for part, why in _asks({"general": general, "retain": tuning.retain}).items():
+        if getattr(split, part) is None:
+            raise SplitError(why)
     if general:
-        if split.anchor is None:
-            raise SplitError("general=true needs anchor data, a general corpus; give some, or set general=false")
         asked = {row["question"] for row in split.forget.rows if "question" in row}
         if number := next((k for k, row in enumerate(split.anchor.rows, 1) if row.get("question") in asked), 0):
             raise SplitError(f"general=true needs a general corpus as anchor; its record {number} is a question of the forget set")
         split = replace(split, retain=split.anchor)
-    if split.retain is None:
-        raise SplitError(f"retain={tuning.retain} needs retain data; give some, or a general corpus as anchor with general=true")
     each = each_retained(model, task, split.retain, tuning, retain_batches(task, split, tuning, seed))
 
     def forget(batch) -> Tensor:

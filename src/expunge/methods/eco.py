@@ -50,6 +50,7 @@ from expunge.wraps import attach
 from expunge.wraps.corrupt import CORRUPTIONS, SELECT
 from expunge.wraps.gate import trained
 
+LACKS = "the search for the strength needs validation data; give some, or set strength"
 ROWS = 256
 """Tokens of a prompt that get noise of their own; longer prompts start again."""
 
@@ -59,7 +60,13 @@ def _cost(n, s) -> tuple[float, float]:
     return gate + (0 if s["strength"] else 2 * s["steps"] * n["forget"] + n.get("validation", 0)), 0
 
 
-@method(paper="arXiv:2406.07933", tasks=("causal_lm",), needs=("forget", "retain"), cost=_cost, toy={}, forgets=("records",), assurance="suppression")
+def _asks(s) -> dict[str, str]:
+    return {} if s["strength"] else {"validation": LACKS}
+
+
+@method(
+    paper="arXiv:2406.07933", tasks=("causal_lm",), needs=("forget", "retain"), cost=_cost, asks=_asks, toy={}, forgets=("records",), assurance="suppression",
+)  # fmt: skip
 def eco(
     model: nn.Module, task: Task, split: Split, *, corruption: str = "zero_out_top_k", strength: float = 0.0, first: int = 1, select: str = "all_but_last",
     layer: int = 0, false_positives: float = 0.01, steps: int = 10, lr: float = 100.0, eps: float = 0.0999, batch_size: int = 16, seed: int = 0,
@@ -71,7 +78,7 @@ def eco(
     if strength < 0 or first < 1:
         raise SettingError(f"strength must be 0 or larger and first 1 or larger; found {strength:g} and {first}")
     if not strength and split.validation is None:
-        raise SplitError("the search for the strength needs validation data; give some, or set strength")
+        raise SplitError(LACKS)
     line, config = trained(model, task, split, layer, target=false_positives, seed=seed)
     embed: Any = model.get_input_embeddings()  # pyright: ignore
     unit, tensors = 1.0, {"weight": line.weight, "bias": line.bias}

@@ -41,12 +41,13 @@ from expunge.errors import ModelError, SettingError, SplitError
 from expunge.losses.language import pooled
 from expunge.models import read_state
 from expunge.patch import Patch
-from expunge.registry import method
+from expunge.registry import method, retaining
 from expunge.training import fresh
 from expunge.tuning import Tuning, cost, opened, tune
 from expunge.types import Split, Task, Texts, device_of, float_of
 
 TOWARD = ("free", "random")
+LACKS = "tool_delete needs anchor, the tool-free model's answers, or tool_free, its weights"
 
 
 def capable(theta: Tensor, free: Tensor, other: Tensor, shift: float) -> Tensor:
@@ -80,7 +81,13 @@ def _cost(n, s) -> tuple[float, float]:
     return forward + bool(s["tool_free"]) * n["forget"], backward
 
 
-@method(paper="arXiv:2502.01083", tasks=("causal_lm",), needs=("forget",), cost=_cost, toy={"lr": 1e-3, "epochs": 10}, forgets=("records",))
+def _asks(s) -> dict[str, str]:
+    return {**({} if s["tool_free"] else {"anchor": LACKS}), **retaining(s)}
+
+
+@method(
+    paper="arXiv:2502.01083", tasks=("causal_lm",), needs=("forget",), cost=_cost, asks=_asks, toy={"lr": 1e-3, "epochs": 10}, forgets=("records",),
+)  # fmt: skip
 def tool_delete(
     model: nn.Module, task: Task, split: Split, *, tool_free: str = "", new: int = 64, shift: float = 0.0, toward: str = "free", draw: int = 0,
     tuning: Tuning = Tuning(epochs=3.0), seed: int = 0,
@@ -91,7 +98,7 @@ def tool_delete(
     if shift and (not tool_free or tuning.lora):
         raise SettingError("shift moves the weights themselves by those of tool_free: name them, and set lora=0")
     if not tool_free and split.anchor is None:
-        raise SplitError("tool_delete needs anchor, the tool-free model's answers, or tool_free, its weights")
+        raise SplitError(LACKS)
     free = without_tools(model, tool_free) if tool_free else None
     if free is None:
         data = given(split, "anchor")
