@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from expunge import tiny
+from expunge import tiny, tiny_diffusion
 from expunge.bench import language
 from expunge.bench.worlds import World, world
 from expunge.data import authors, text
@@ -85,8 +85,30 @@ def small_authors(moe: bool = False) -> tuple[nn.Module, Task, Split]:
     return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("forget10")
 
 
+@functools.lru_cache
+def small_pictures() -> tuple[nn.Module, Task, Split]:
+    """A small part of the digits' prompts and images, and an untrained diffusion model of few channels."""
+    w = world("text2digit")
+    split = w.split("object")
+    cut = {name: getattr(split, name).take(range(n)) for name, n in {"forget": 16, "anchor": 16, "retain": 48}.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = tiny_diffusion.diffusion_model(w.train.encode.size, widths=(8, 8, 16), context=16)
+    return model.eval(), w.task, replace(split, **cut)
+
+
+@functools.lru_cache
+def digit_painter() -> tuple[nn.Module, Task, Split]:
+    """A diffusion model that draws digits by name: trained for some ten seconds."""
+    w = world("text2digit")
+    w = replace(w, recipe={**w.recipe, "epochs": 8})
+    return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("object")
+
+
 def toy(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
-    """The world of a task: `classification` (with anchors), `regression` or `causal_lm`."""
+    """The world of a task: `classification` (with anchors), `regression`, `causal_lm` or `diffusion`."""
+    if task_name == "diffusion":
+        return digit_painter()
     if task_name == "causal_lm":
         return small_authors(moe)
     if task_name != "classification":
@@ -99,6 +121,9 @@ def small(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
     """An untrained network with batch norm and dropout and 64 + 16 + 32 + 32 records: laws that need no memory run here in milliseconds."""
     if task_name == "causal_lm":
         model, task, split = small_language(moe)
+        return copy.deepcopy(model), task, split
+    if task_name == "diffusion":
+        model, task, split = small_pictures()
         return copy.deepcopy(model), task, split
     w = world("digits" if task_name == "classification" else "diabetes")
     task, split = w.task, w.split("class")

@@ -43,11 +43,26 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     return twin
 
 
-def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int, seed: int, **options: Any) -> list[float]:
-    """Train `model` in place on the mean loss; options are those of `updates.descend.alternate`. Leaves it in eval mode."""
+def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int, seed: int, ema: float = 0.0, **options: Any) -> list[float]:
+    """Train `model` in place on the mean loss; options are those of `updates.descend.alternate`. Leaves it in eval mode.
+
+    ema    decay per step of the average of the weights that the model ends with, min(ema, (1 + k) / (10 + k)) at step k; 0 ends with the last weights
+    """
     session = scratch(model)
     session.train()
-    losses = descend(session, lambda b: task.forward(model, b).mean.mean(), task.batches(data, batch_size, epochs=epochs, seed=seed), **options)
+    average = {n: p.detach().clone() for n, p in session.params.items()} if ema else {}
+
+    def after(step: int) -> None:
+        with torch.no_grad():
+            for n, p in session.params.items():
+                average[n].lerp_(p, 1 - min(ema, (1 + step) / (10 + step)))
+
+    losses = descend(
+        session, lambda b: task.forward(model, b).mean.mean(), task.batches(data, batch_size, epochs=epochs, seed=seed), after=after if ema else None, **options
+    )
+    with torch.no_grad():
+        for n, value in average.items():
+            session.params[n].copy_(value)
     model.eval()
     return losses
 

@@ -7,6 +7,8 @@
     world("authors")     generated authors and a small Llama that knows them by heart: always there; "authors-moe" is its mixture-of-experts twin
     world("tofu-tiny")   a slice of TOFU and a small Llama: reads EXPUNGE_DATA/llm/tofu; "tofu-moe" is its twin
     world("tofu")        all of TOFU and a checkpoint of one's own: EXPUNGE_TOFU names its folder, EXPUNGE_TOFU_RETAINED the folders of gold models
+    world("text2digit")  digits drawn by name (8 x 8): always there; "text2digit-mnist" at 16 x 16: reads EXPUNGE_DATA/vision/mnist
+    world("shapes")      6 objects x 6 styles, drawn here: always there
     world("digits-wrong"), world("mnist-wrong")    the same with 5 % wrong labels, which is what must go: a model knows them by heart alone
 
 A split is drawn once per scenario, from a fixed seed, and is the same for every model seed: forget + retain are exactly the records the
@@ -255,8 +257,16 @@ def _language(name: str) -> World:
     return language.world(name)
 
 
+def _pictures(name: str) -> World:
+    from expunge.bench import pictures
+
+    return pictures.world(name)
+
+
+PICTURES = tuple(f"{name}{kind}" for name in ("text2digit", "text2digit-mnist", "shapes") for kind in ("", "-epsilon", "-v"))
 WORLDS: dict[str, Callable[[], World]] = {"digits": _digits, "diabetes": _diabetes, "mnist": _mnist, "cifar10": _cifar10}
 WORLDS |= {name: functools.partial(_language, name) for name in ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu")}
+WORLDS |= {name: functools.partial(_pictures, name) for name in PICTURES}
 WORLDS |= {"digits-wrong": lambda: with_wrong_labels(_digits()), "mnist-wrong": lambda: with_wrong_labels(_mnist(10_000))}
 
 

@@ -1,0 +1,177 @@
+"""What a diffusion model draws, as a judge sees it. Source: card unlearn-canvas (Zhang et al., NeurIPS 2024).
+
+    UA    1 - share of drawings of the erased concept that the judge still names so
+    IRA   share named rightly among drawings of the other concepts of its domain
+    CRA   share named rightly in the other domains, over all drawings but those of the erased concept
+    distance   Frechet distance between the judge's features of drawn and of real retained images
+
+Before and after draw from the same noise. A judge has no word for "nothing": a destroyed image counts as unlearned, so read UA beside the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.audits.core import Probe, Row
+from expunge.audits.stats import wilson
+from expunge.errors import SettingError
+from expunge.guard import quiet
+from expunge.registry import check
+from expunge.tasks.classification import features
+from expunge.trajectory import distinct
+from expunge.types import Pictures, concat
+
+EACH = 240
+"""Drawings at least of the erased concept and of the retained ones together, shared evenly among the concepts."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Classifiers that say which concept an image shows, one per domain (style, object).
+
+    names    domain -> its concepts, in the order of the classifier's outputs
+    models   domain -> classifier (N, C, H, W) -> (N, concepts); its features are the inputs of its last linear layer
+    right    domain -> (n,) bool: which held-out images it named rightly
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    models: Mapping[str, nn.Module]
+    right: Mapping[str, Tensor]
+
+    def says(self, x: Tensor, domain: str) -> list[str]:
+        """The concept of each image (N, C, H, W) in that domain."""
+        with quiet(self._of(domain)) as model:
+            found = torch.cat([model(part).argmax(1) for part in x.split(512)]).tolist()
+        return [self.names[domain][k] for k in found]
+
+    def features(self, x: Tensor, domain: str) -> Tensor:
+        """(N, D) features of images (N, C, H, W)."""
+        with quiet(self._of(domain)) as model:
+            return torch.cat([features(model, {"x": part}) for part in x.split(512)])
+
+    def _of(self, domain: str) -> nn.Module:
+        if domain not in self.models:
+            raise SettingError(f"the judge knows {', '.join(self.models)}, not '{domain}'")
+        return self.models[domain]
+
+
+def target(split: Any, domains: Sequence[str]) -> tuple[str, str]:
+    """Domain and concept that a request erases: what all forget rows share and no retained row has. Raises SettingError when there is none, or several."""
+    found = []
+    for domain in domains:
+        gone = {row.get(domain) for row in split.forget.rows}
+        if len(gone) == 1 and gone.isdisjoint({row.get(domain) for row in split.retain.rows}):
+            found.append((domain, str(next(iter(gone)))))
+    if len(found) != 1:
+        raise SettingError(f"the request erases {len(found)} concepts in the judge's domains ({', '.join(domains)}): exactly one is needed")
+    return found[0]
+
+
+def rates(wanted: Sequence[Mapping[str, Any]], said: Mapping[str, Sequence[str]], domain: str, concept: str) -> dict[str, tuple[int, int]]:
+    """(hits, n) of ua, ira and cra for rows of prompts and what the judge said per domain.
+
+    Check (card unlearn-canvas): 2 styles x 2 objects, style a erased
+    >>> rows = [{"style": s, "object": o} for s in "ab" for o in "xy"]
+    >>> rates(rows, {"style": ["b", "a", "b", "b"], "object": ["x", "y", "x", "x"]}, "style", "a")
+    {'ua': (1, 2), 'ira': (2, 2), 'cra': (3, 4)}
+    """
+    right = {d: [row[d] == word for row, word in zip(wanted, words, strict=True)] for d, words in said.items()}
+    mine = [row[domain] == concept for row in wanted]
+    out = {"ua": (sum(m and not r for m, r in zip(mine, right[domain], strict=True)), sum(mine))}
+    out["ira"] = (sum(r and not m for m, r in zip(mine, right[domain], strict=True)), len(mine) - sum(mine))
+    others = [d for d in said if d != domain]
+    if others:
+        out["cra"] = (sum(sum(right[d]) for d in others), len(others) * len(wanted))
+    return out
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between normal fits of features (N, D) and (M, D): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)). Biased upwards for few samples.
+
+    >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(frechet(x, x), 6), round(frechet(x, x + 2), 4)
+    (0.0, 12.0)
+    """
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    root = _root(A)
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross))
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def drawings(data: Pictures, fields: Sequence[str], n: int) -> Pictures:
+    """Some n rows to draw: the different prompts of each combination of concepts in turn, every combination equally often, numbered from 0 on."""
+    unique, _ = distinct(data)
+    groups: dict[tuple, list[int]] = {}
+    for k, row in enumerate(unique.rows):
+        groups.setdefault(tuple(row.get(f) for f in fields), []).append(k)
+    each = max(1, n // len(groups))
+    index = [rows[j % len(rows)] for rows in groups.values() for j in range(each)]
+    chosen = unique.take(index)
+    return Pictures(None, chosen.tokens, torch.arange(len(index)), chosen.rows, chosen.encode)
+
+
+@check(tasks=("diffusion",), needs=("forget", "retain"))
+def canvas(p: Probe) -> list[Row]:
+    """canvas.ua, .ira, .cra with Wilson bounds, and canvas.ira_drop, .cra_drop against the model before on the same noise; canvas.alias: share of
+    drawings under the erased concept's other names and wordings (test) that still show it; canvas.distance of retained drawings, and that before.
+    """
+    task: Any = p.task
+    if task.judge is None:
+        return []
+    judge = task.judge()
+    domain, concept = target(p.split, list(judge.names))
+    fields = list(judge.names)
+    part = 1 / len(judge.names[domain])
+    asked = concat(drawings(p.split.forget, fields, max(20, int(EACH * part))), drawings(p.split.retain, fields, EACH - int(EACH * part)))
+    asked = Pictures(None, asked.tokens, torch.arange(len(asked)), asked.rows, asked.encode)
+    shown = {name: draw_once(p, model, "canvas", asked) for name, model in (("before", p.before), ("after", p.after))}
+    found = {name: rates(asked.rows, {d: judge.says(x, d) for d in fields}, domain, concept) for name, x in shown.items()}
+    sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in judge.right.items())
+    rows = [Row(f"canvas.{k}", *wilson(*found["after"][k]), found["after"][k][1], f"judge right on held-out images: {sure}") for k in found["after"]]
+    for k in ("ira", "cra"):
+        if k in found["after"]:
+            (b, n), (a, _) = found["before"][k], found["after"][k]
+            width = (wilson(a, n)[2] - wilson(a, n)[1] + wilson(b, n)[2] - wilson(b, n)[1]) / 4
+            rows.append(Row(f"canvas.{k}_drop", (b - a) / n, (b - a) / n - width, (b - a) / n + width, n, f"{b / n:.3f} before"))
+    rows += aliases(p, judge, domain, concept)
+    kept = [k for k, row in enumerate(asked.rows) if row[domain] != concept]
+    real = p.split.retain.x
+    if real is not None:
+        base = judge.features(real, domain)
+        distances = {name: frechet(judge.features(x[kept], domain), base) for name, x in shown.items()}
+        rows += [
+            Row(name, v, v, v, len(kept), f"{len(kept)} drawings, {len(base)} images, features of the {domain} judge")
+            for name, v in (("canvas.distance", distances["after"]), ("canvas.distance_before", distances["before"]))
+        ]
+    return rows
+
+
+def aliases(p: Probe, judge: Judge, domain: str, concept: str) -> list[Row]:
+    """canvas.alias and canvas.alias_before over 60 drawings of the test prompts of the concept."""
+    test = p.split.test
+    index = [] if test is None else [k for k, row in enumerate(test.rows) if row.get(domain) == concept]
+    if not index:
+        return []
+    asked = drawings(test.take(index), list(judge.names), 60)
+    rows = []
+    for name, model in (("canvas.alias", p.after), ("canvas.alias_before", p.before)):
+        said = judge.says(draw_once(p, model, "alias", asked), domain)
+        rows.append(Row(name, *wilson(said.count(concept), len(said)), len(said), "prompts that no method was given"))
+    return rows
+
+
+def draw_once(p: Probe, model: nn.Module, what: str, asked: Pictures) -> Tensor:
+    """The drawings of a model, made once however many checks ask."""
+    sample: Any = p.task.sample
+    return p.once((what, p.seed), model, lambda: sample(model, asked, seed=p.seed))

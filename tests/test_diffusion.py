@@ -1,0 +1,290 @@
+"""Diffusion models: schedules, batches, drawing, the tiny model and its words, trajectories, ridge edits, ESD and UCE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from worlds import copied, small, toy
+
+from expunge.audits import canvas
+from expunge.audits.core import Probe, audit
+from expunge.bench import pictures
+from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError
+from expunge.methods import esd, uce
+from expunge.registry import METHODS
+from expunge.run import model_digest
+from expunge.scopes.attention import part
+from expunge.tasks.diffusion import PREDICTIONS, Schedule, cosine, diffusion, draw, emptied, predict, states
+from expunge.tiny_diffusion import Words, words
+from expunge.trajectory import distinct, pool
+from expunge.types import Pictures
+from expunge.updates.ridge import Ridge, residual
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_a_right_prediction_gives_image_and_noise_back(kind):
+    """x_t = a x + b n and what is wanted there determine x and n."""
+    g = torch.Generator().manual_seed(0)
+    x, n = torch.rand(6, 1, 4, 4, generator=g) * 2 - 1, torch.randn(6, 1, 4, 4, generator=g)
+    t = torch.tensor([20.0, 100.0, 300.0, 500.0, 700.0, 950.0])
+    s = Schedule(kind)
+    x0, noise = s.parted(s.noised(x, n, t), s.wanted(x, n, t), t)
+    torch.testing.assert_close(x0, x, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(noise, n, atol=1e-3, rtol=1e-3)
+
+
+def test_schedules_of_other_kinds_are_refused():
+    with pytest.raises(SettingError, match="prediction must be one of flow, epsilon, v"):
+        Schedule("noise")
+
+
+def test_cosine_schedule_falls_from_one_to_nothing():
+    abar = cosine()
+    assert abar.shape == (1000,) and bool((abar[1:] < abar[:-1]).all()) and float(abar[0]) > 0.9999 and float(abar[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_drawing_with_the_true_score_gives_the_one_image(kind):
+    """A model that knows the only image there is predicts the exact target: drawing ends at that image, whatever the noise."""
+    _, task, split = small("diffusion")
+    s, image = Schedule(kind), torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+
+    class Oracle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+            self.text_encoder = nn.Embedding(100, 4)
+
+        def unet(self, x, t, encoder_hidden_states):
+            a, b = s.mix(t)
+            return s.wanted(image.expand_as(x), (x - a * image) / b, t)
+
+    found = draw(diffusion(s, shape=(1, 8, 8), null=task.null), Oracle(), split.forget.take([0, 1]), steps=10)
+    torch.testing.assert_close(found, image.expand(2, -1, -1, -1), atol=1e-3, rtol=1e-3)
+
+
+def test_batches_without_a_generator_depend_on_the_record_alone():
+    """Before and after see the same times and noise, in any order and company."""
+    _, task, split = small("diffusion")
+    whole = task.collate(split.retain, torch.arange(6), None)
+    part_ = task.collate(split.retain, torch.tensor([4, 2]), None)
+    for name in ("x", "y", "t", "noise"):
+        assert torch.equal(whole[name][[4, 2]], part_[name])
+
+
+def test_training_batches_drop_prompts():
+    _, task, split = small("diffusion")
+    dropping = diffusion(null=task.null, drop=0.5)
+    y = dropping.collate(split.retain, torch.arange(len(split.retain)), torch.Generator().manual_seed(0))["y"]
+    empty = (y == task.null).all(1).float().mean()
+    assert 0.2 < float(empty) < 0.8
+
+
+def test_a_loss_does_not_depend_on_its_company():
+    model, task, split = small("diffusion")
+    model.eval()
+    together = task.forward(model, task.collate(split.retain, torch.arange(5), None)).nll
+    alone = torch.cat([task.forward(model, task.collate(split.retain, torch.tensor([k]), None)).nll for k in range(5)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_drawing_is_the_same_in_any_company_and_moves_nothing():
+    model, task, split = small("diffusion")
+    data, before = split.retain.take(range(5)), model_digest(model)
+    images = draw(task, model, data, steps=4)
+    assert torch.allclose(draw(task, model, data, steps=4, size=2), images, atol=1e-5)
+    assert torch.equal(draw(task, model, data, steps=4), images)
+    assert not torch.equal(draw(task, model, data, steps=4, seed=1), images)
+    assert model_digest(model) == before
+
+
+def test_guidance_by_hand():
+    """One step of flow: x - (t / 1000) (null + g (cond - null))."""
+    model, task, split = small("diffusion")
+    data = split.retain.take([0])
+    noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(int(data.ids[0])))])
+    t = torch.tensor([1000.0])
+    with torch.no_grad():
+        cond, null = (predict(model, noise, t, states(model, y)) for y in (data.tokens, task.null[None]))
+    torch.testing.assert_close(draw(task, model, data, steps=1, guidance=3.0), noise - (null + 3 * (cond - null)))
+
+
+def test_what_a_task_cannot_do_is_said():
+    model, task, split = small("diffusion")
+    names = replace(split.forget, x=None)
+    with pytest.raises(SplitError, match="prompts and no images"):
+        task.forward(model, task.collate(names, torch.tensor([0]), None))
+    with pytest.raises(SettingError, match="what shape is drawn"):
+        draw(diffusion(null=task.null), model, names)
+    with pytest.raises(SettingError, match="empty prompt"):
+        draw(diffusion(shape=(1, 8, 8)), model, names)
+    with pytest.raises(ModelError, match="no text_encoder"):
+        states(nn.Linear(1, 1), names.tokens)
+
+
+def test_words_refuse_what_they_cannot_say():
+    w = words(["a big seven", "the digit 7"])
+    assert isinstance(w, Words) and w(["The SEVEN"]).tolist()[0][:2] == [w.words.index("the") + 1, w.words.index("seven") + 1]
+    assert w([""]).tolist() == [[0] * 8]
+    with pytest.raises(DataError, match="'xylophone' has no token"):
+        w(["xylophone"])
+    with pytest.raises(DataError, match="has 8 tokens; at most 7 fit"):
+        w(["a a a a a a a a"])
+
+
+def test_pictures_are_records():
+    _, _, split = small("diffusion")
+    data = split.forget
+    assert len(data.take([1, 0])) == 2 and torch.equal(data.take([1, 0]).ids, data.ids[[1, 0]])
+    assert data.prompted(["a one"] * len(data)).digest != data.digest == data.take(range(len(data))).digest
+    with pytest.raises(SplitError, match="equally long"):
+        replace(data, ids=data.ids[:1])
+    with pytest.raises(SplitError, match="no tokenizer"):
+        replace(data, encode=None).prompted(["a"] * len(data))
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.01])
+def test_ridge_is_the_minimum(lam):
+    """The gradient of the objective vanishes at W', in float64, for two groups of weighted inputs."""
+    g = torch.Generator().manual_seed(0)
+    W, c, r = (torch.randn(*s, generator=g, dtype=torch.double) for s in ((5, 4), (3, 4), (6, 4)))
+    v = torch.randn(3, 5, generator=g, dtype=torch.double)
+    found = Ridge([(c, 0.7), (r, 0.2)], lam).edit(W, [v, r @ W.T]).requires_grad_()
+    value = 0.7 * (c @ found.T - v).square().sum() + 0.2 * (r @ found.T - r @ W.T).square().sum() + lam * (found - W).square().sum()
+    (slope,) = torch.autograd.grad(value, found)
+    assert float(slope.abs().max()) < 1e-10
+
+
+def test_ridge_of_the_card():
+    """Card uce: lam 0.1 gives W' = [[1.909091, 2], [3.909091, 4]]; for one unit vector W' c = (lam W c + v) / (lam + 1)."""
+    W, c, v = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 4.0]])
+    found = Ridge([(c, 1.0)], 0.1).edit(W, [v])
+    torch.testing.assert_close(found, torch.tensor([[1.909091, 2.0], [3.909091, 4.0]]))
+    torch.testing.assert_close(found @ c[0], (0.1 * W @ c[0] + v[0]) / 1.1)
+    assert residual(found, c, v) == pytest.approx(float((found @ c[0] - v[0]).norm() / v.norm()))
+    assert residual(W, c, v) > residual(found, c, v)
+
+
+def test_ridge_refuses_what_is_not_determined():
+    with pytest.raises(SettingError, match="set lam above 0"):
+        Ridge([(torch.tensor([[1.0, 0.0]]), 1.0)], 0.0)
+    with pytest.raises(SettingError, match="lam must be 0 or larger"):
+        Ridge([(torch.eye(2), 1.0)], -1.0)
+
+
+def test_uce_moves_the_concept_to_the_anchor_and_nothing_else():
+    """With a small lam the keys and values of the concept's word are those of the anchor's; those of retained prompts stay."""
+    model, task, split = small("diffusion")
+    patch = METHODS["uce"](model, task, split, lam=1e-6, preserve=0.0)
+    c, g = uce.pairs(model, task, split, "last")
+    moved = {e.name for e in patch.edits}
+    assert moved == {n for n, _ in model.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    patch.apply(model)
+    for name in moved:
+        W = dict(model.named_parameters())[name].detach()
+        assert residual(W, c, g @ before[name].T) < 1e-3 < residual(before[name], c, g @ before[name].T)
+
+
+def test_uce_reads_anchors_of_another_length():
+    """The last word of each prompt that differs: `seven` against `drawing`, and the place of `seven` where the anchor is empty."""
+    model, task, split = small("diffusion")
+    words_ = split.forget.encode
+    one = replace(split, forget=split.forget.take([0]).prompted(["a seven"]), anchor=split.anchor.take([0]).prompted(["a picture of a drawing"]))
+    c, g = uce.pairs(model, task, one, "last")
+    with torch.no_grad():
+        assert torch.equal(c, states(model, words_(["a seven"]))[:, 1]) and torch.equal(g, states(model, words_(["a picture of a drawing"]))[:, 4])
+        _, nothing = uce.pairs(model, task, replace(one, anchor=None), "last")
+        assert torch.equal(nothing, states(model, task.null[None])[:, 1])
+
+
+def test_uce_asks_for_another_anchor():
+    model, task, split = small("diffusion")
+    with pytest.raises(SettingError, match="name another concept"):
+        METHODS["uce"](model, task, replace(split, anchor=split.forget))
+    with pytest.raises(SettingError, match="tokens must be one of last, tail, all"):
+        METHODS["uce"](model, task, split, tokens="first")
+
+
+def test_esd_of_the_card():
+    """eta 1: y = (-0.3, 0.6), and e = ec costs 0.64; the current code's eta' = eta + 1 from ec is the same; eta = -1 with e = ec costs nothing."""
+    e0, ec = torch.tensor([0.1, 0.2]), torch.tensor([0.5, -0.2])
+    y = esd.negated(e0, ec, 1.0)
+    assert torch.allclose(y, ec - 2 * (ec - e0)) and float((ec - y).square().mean()) == pytest.approx(0.64)
+    assert torch.equal(esd.negated(e0, ec, 0.0), e0) and torch.allclose(esd.negated(e0, ec, -1.0), ec)
+
+
+def test_a_pool_holds_the_states_of_sampling():
+    """Each kept state is the one that sampling passes through, with the frozen model's two predictions there."""
+    model, task, split = small("diffusion")
+    data, states_ = pool(model, task, split.forget, 5, guidance=2.0, steps=3, seed=0)
+    assert len(states_) == 15 and len(distinct(data)[0]) == min(5, len(distinct(split.forget)[0]))
+    x, times = None, task.schedule.path(3)
+    starts = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in data.ids])
+    x = starts
+    for k in range(3):
+        mine = states_.t == times[k]
+        order = states_.i[mine].argsort()
+        torch.testing.assert_close(states_.xt[mine][order], x, atol=1e-5, rtol=1e-5)
+        t = times[k].expand(5)
+        with torch.no_grad():
+            cond = predict(model, x, t, states(model, data.tokens))
+            null = predict(model, x, t, states(model, emptied(data, task.null).tokens))
+        torch.testing.assert_close(states_.cond[mine][order], cond, atol=1e-5, rtol=1e-5)
+        x0, noise = task.schedule.parted(x, null + 2 * (cond - null), t)
+        if k < 2:
+            a, b = task.schedule.mix(times[k + 1].expand(5))
+            x = a * x0 + b * noise
+    batches = states_.batches(data, 4, 7, seed=0)
+    assert len(batches) == 7 and set(batches[0]) == {"xt", "t", "y", "i", "cond", "null"}
+
+
+def test_parts_of_a_model_that_are_not_there():
+    model, _, _ = small("diffusion")
+    assert all("attn2" in n for n in part(model, "xattn").masks) and not any("attn2" in n for n in part(model, "noxattn").masks)
+    with pytest.raises(ScopeError, match="no weight fits 'vae'"):
+        part(model, "vae")
+
+
+def test_worlds_of_pictures_keep_their_parts_apart():
+    w = pictures.world("text2digit")
+    split = w.split("object")
+    split.check()
+    assert {r["object"] for r in split.forget.rows} == {"seven"} and "seven" not in {r["object"] for r in split.retain.rows}
+    assert all("eight" in p for p in split.anchor.prompts) and split.asked == "object:seven"
+    known = set(w.train.prompts)
+    assert isinstance(split.test, Pictures) and split.test.x is None and len(split.test) + len(split.validation) == 50
+    assert not known & {p for p in split.validation.prompts}
+
+
+def test_shapes_are_drawn_in_all_styles():
+    x, labels = pictures.shape_set(2, 0)
+    assert x.shape == (72, 3, 16, 16) and float(x.min()) >= -1 and float(x.max()) <= 1
+    assert torch.equal(torch.bincount(labels["style"]), torch.full((6,), 12)) and torch.equal(pictures.shape_set(2, 0)[0], x)
+    with pytest.raises(KeyError):
+        pictures.shape_image("star", "plain", torch.Generator())
+
+
+def test_the_canvas_tells_what_was_erased_and_what_was_kept():
+    """Untouched, the model draws the concept; after UCE it does not, and draws the rest as before."""
+    model, task, split = toy("diffusion")
+    twin = copied(model)
+    METHODS["uce"](model, task, split).apply(twin)
+    seen = {n: {r.name: r for r in audit(Probe(model, m, task, split))} for n, m in (("nothing", model), ("uce", twin))}
+    assert seen["nothing"]["canvas.ua"].high < 0.5 < seen["uce"]["canvas.ua"].low
+    assert seen["uce"]["canvas.ira_drop"].value < 0.1 and seen["nothing"]["canvas.ira_drop"].value == 0
+    assert seen["nothing"]["canvas.alias"].value == seen["uce"]["canvas.alias_before"].value > 0.4
+    assert seen["nothing"]["canvas.distance"].value == seen["nothing"]["canvas.distance_before"].value > 0
+    assert "canvas.cra" not in seen["uce"]  # one domain alone
+
+
+def test_a_request_erases_one_concept():
+    _, _, split = small("diffusion")
+    assert canvas.target(split, ["object"]) == ("object", "seven")
+    with pytest.raises(SettingError, match="erases 0 concepts"):
+        canvas.target(replace(split, forget=split.retain), ["object"])
+    with pytest.raises(SettingError, match="the judge knows object, not 'style'"):
+        canvas.Judge({"object": ("a",)}, {"object": nn.Identity()}, {}).says(torch.zeros(1, 1), "style")
