@@ -13,9 +13,9 @@ from expunge.audits import canvas
 from expunge.audits.core import Probe, audit
 from expunge.bench import pictures
 from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError
-from expunge.methods import esd, uce
+from expunge.methods import esd, rece, uce
 from expunge.registry import METHODS
-from expunge.run import model_digest
+from expunge.run import model_digest, unlearn
 from expunge.scopes.attention import part
 from expunge.tasks.diffusion import PREDICTIONS, Schedule, cosine, diffusion, draw, emptied, predict, states
 from expunge.tiny_diffusion import Words, words
@@ -207,6 +207,49 @@ def test_uce_asks_for_another_anchor():
         METHODS["uce"](model, task, replace(split, anchor=split.forget))
     with pytest.raises(SettingError, match="tokens must be one of last, tail, all"):
         METHODS["uce"](model, task, split, tokens="first")
+
+
+def test_rece_of_the_card():
+    """W0 = [[1, 2], [3, 4]], UCE (1, 0) -> (0, 1) at lam 0.5; gamma 0.1: c' = (0.637775, 0.125378), W c' = (1.313714, 2.840021); then lam 0.1."""
+    W0 = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    c, d = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    W = Ridge([(c, 1.0)], 0.5).edit(W0, [d @ W0.T])
+    e = (c.double() @ rece.regenerating([W], [W0], 0.1).T).float()
+    torch.testing.assert_close(e, torch.tensor([[0.637775, 0.125378]]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(e @ W.T, torch.tensor([[1.313714, 2.840021]]), atol=1e-5, rtol=1e-5)
+    again = Ridge([(e, 1.0)], 0.1).edit(W, [d @ W.T])
+    torch.testing.assert_close(again, torch.tensor([[2.504400, 2.164686], [5.082627, 4.278357]]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(e @ again.T, torch.tensor([[1.868648, 3.777985]]), atol=1e-5, rtol=1e-5)
+
+
+def test_regenerating_embeddings_are_the_minimum():
+    """gamma -> 0 with unchanged maps gives the embedding itself, a huge gamma nothing; in between the gradient vanishes."""
+    g = torch.Generator().manual_seed(0)
+    now, was = ([torch.randn(5, 3, generator=g, dtype=torch.double) for _ in range(2)] for _ in range(2))
+    c = torch.randn(3, generator=g, dtype=torch.double)
+    torch.testing.assert_close(rece.regenerating(was, was, 1e-12) @ c, c)
+    assert float((rece.regenerating(now, was, 1e9) @ c).abs().max()) < 1e-6
+    x = (rece.regenerating(now, was, 0.3) @ c).requires_grad_()
+    value = sum((W @ x - V @ c).square().sum() for W, V in zip(now, was, strict=True)) + 0.3 * x.square().sum()
+    assert float(torch.autograd.grad(value, x)[0].abs().max()) < 1e-10
+
+
+def test_rece_without_rounds_is_uce():
+    model, task, split = small("diffusion")
+    assert METHODS["rece"](model, task, split, rounds=0).edits[0].values.equal(METHODS["uce"](model, task, split).edits[0].values)
+    with pytest.raises(SettingError, match="gamma above 0"):
+        METHODS["rece"](model, task, split, gamma=0.0)
+
+
+def test_concept_ablation_reads_the_concepts_own_prompts():
+    """At the anchor's states the loss compares the concept's prompt with the anchor's; where both are one there is nothing to learn."""
+    model, task, split = small("diffusion")
+    with pytest.raises(SettingError, match="row by row"):
+        METHODS["concept_ablation"](model, task, replace(split, anchor=split.anchor.take([0])))
+    same = replace(split, anchor=split.forget)
+    attempt = unlearn("concept_ablation", model, task, same, steps=2, trajectories=2, path=2)
+    moved = unlearn("concept_ablation", model, task, split, steps=2, trajectories=2, path=2)
+    assert attempt.outcome == "no_op" and moved.outcome == "ok"
 
 
 def test_esd_of_the_card():

@@ -48,14 +48,15 @@ def squared(task: Any, model: nn.Module, batch: Batch, target: Tensor) -> Tensor
     return (task.forward(model, batch).pred - target).square().flatten(1).mean(1)
 
 
-def _cost(n, s) -> tuple[float, float]:
+def pooled_cost(n, s) -> tuple[float, float]:
+    """Passes of a method that learns from trajectories of forget (or anchor) and, with alpha, of retain: 2 per state drawn, and those of the updates."""
     parts = 2 if "retain" in n and s["alpha"] else 1
     size = s["trajectories"] * s["path"]
     seen = parts * drawn(size, s["batch_size"], s["steps"])
     return seen + parts * 2 * size, seen
 
 
-@method(paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=_cost, toy={"steps": 80, "alpha": 1.0})
+@method(paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=pooled_cost, toy={"steps": 80, "alpha": 1.0})
 def esd(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn", eta: float = 1.0, alpha: float = 0.0, steps: int = 100, batch_size: int = 32,
     lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,

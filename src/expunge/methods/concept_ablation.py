@@ -1,0 +1,72 @@
+"""Concept ablation: the prompt of the concept learns to give what the prompt of an anchor gives, on states of the anchor's own pictures.
+
+Paper    Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models", ICCV 2023, arXiv:2303.13516.
+Code     nupurkmr9/concept-ablation, MIT.
+Forgets  concept.          Needs    forget and anchor (row by row, what to draw instead); retain only where alpha is above 0.
+Scope    a part of the model (`part`).   Forget  || e(x_t, t, c*) - e*(x_t, t, c) ||^2 on trajectories of the anchor's prompts c.
+Retain   none, or alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 on trajectories of retained prompts.   Update  Adam.   Leaves  Replace.
+Settings
+    part          xattn-kv (keys and values of cross-attention), xattn, unet, text, or a pattern
+    alpha         weight of the retained prompts' outputs; 0 leaves them out
+    steps         updates
+    batch_size    states per update (of each part)
+    lr            step size of Adam
+    guidance      of the trajectories
+    trajectories  of the frozen model, over the anchor's different prompts (and as many over retained ones)
+    path          states per trajectory
+Differs  The code takes noised pictures of the anchor and the current network's answer, without gradient, as the target; here both states and targets are
+         the frozen model's, drawn once. The prior preservation on the anchor's pictures is the retain term here, on retained concepts.
+Check
+    >>> import torch
+    >>> float((torch.tensor([0.5, -0.2]) - torch.tensor([0.2, 0.6])).square().mean())
+    0.36500000953674316
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from expunge.errors import SettingError
+from expunge.methods.esd import pooled_cost, squared
+from expunge.patch import Patch
+from expunge.registry import method
+from expunge.scopes import attention
+from expunge.session import edit
+from expunge.trajectory import pool
+from expunge.types import Batch, Paired, Split
+from expunge.updates.descend import descend
+
+
+@method(
+    paper="arXiv:2303.13516", tasks=("diffusion",), needs=("forget", "anchor"), forgets=("class",), cost=pooled_cost, toy={"steps": 80, "alpha": 1.0}
+)  # fmt: skip
+def concept_ablation(
+    model: nn.Module, task: Any, split: Split, *, part: str = "xattn-kv", alpha: float = 0.0, steps: int = 100, batch_size: int = 32, lr: float = 1e-3,
+    guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+) -> Patch:  # fmt: skip
+    """See the module's docstring."""
+    if len(split.anchor) != len(split.forget):
+        raise SettingError(f"anchor must say row by row what to draw instead: it has {len(split.anchor)} rows, forget {len(split.forget)}")
+    named = {row.numpy().tobytes(): k for k, row in enumerate(split.anchor.tokens)}
+    scope = attention.part(model, part)
+    instead, states = pool(model, task, split.anchor, trajectories, guidance=guidance, steps=path, seed=seed)
+    rows = [named[row.numpy().tobytes()] for row in instead.tokens]
+    concept = task.collate(split.forget, split.anchor.ids.new_tensor(rows), None)["y"]
+    streams = [states.batches(instead, batch_size, steps, seed)]
+    if split.retain is not None and alpha:
+        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
+        streams.append(others.batches(kept, batch_size, steps, seed + 1))
+
+    def loss(pair: tuple[Batch, ...]) -> Tensor:
+        f, *rest = pair
+        value = squared(task, model, {**f, "y": concept[f["i"]]}, f["cond"]).mean()
+        for r in rest:
+            value = value + alpha * squared(task, model, r, r["cond"]).mean()
+        return value
+
+    with edit(model, scope) as e:
+        e.eval()
+        descend(e, loss, Paired(*streams), lr=lr, optimizer="adam")
+    return e.patch
