@@ -79,6 +79,20 @@ def _cell(method: str, gap: float | None, far: float = 2.0, seed: int = 0) -> di
     }  # fmt: skip
 
 
+def test_texts_are_ranked_by_what_is_not_told_apart():
+    """`a` reaches a gold model on one seed alone, `b` on both but loses utility on one, `c` reaches it on both."""
+
+    def cell(method: str, d: float, utility: float, seed: int) -> dict:
+        names = {"tofu.d_over_critical": d, "tofu.model_utility": utility}
+        rows = [{"name": n, "value": v, "low": v, "high": v, "n": 40} for n, v in names.items()]
+        return {**_cell(method, None, seed=seed), "rows": rows}
+
+    read = {"nothing": ((1.8, 0.9), (2.0, 0.8)), "a": ((0.2, 0.9), (1.2, 0.8)), "b": ((0.3, 0.8), (0.3, 0.8)), "c": ((1.0, 0.86), (0.9, 0.8))}
+    cells = [cell(m, *values, seed) for m, both in read.items() for seed, values in enumerate(both)]
+    assert table.ranked(cells) == ["c", "b", "a", "nothing"]
+    assert "doing nothing 1.9 (1.8 to 2)" in (text := table.markdown(cells)) and "on every seed: c." in text
+
+
 def test_table_ranks_only_valid_worlds():
     cells = [_cell("nothing", 0.0), _cell("b", 0.4), _cell("b", 0.6, seed=1), _cell("a", 0.1), _cell("broken", None)]
     text = table.markdown(cells)

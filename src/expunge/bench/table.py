@@ -1,4 +1,8 @@
-"""JSON lines of a benchmark -> Markdown: per scenario one line per method, mean over seeds with the smallest and largest."""
+"""JSON lines of a benchmark -> Markdown: per scenario one line per method, mean over seeds with the smallest and largest.
+
+Records and classes are ranked by the gap closed (KLOM), where the world is valid; texts by D over its critical value, what is not told apart from a gold
+model (largest D of its seeds at most critical) and keeps 95 % of the utility first.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 
 NOTHING = "nothing"
 """The baseline that leaves the model as it is."""
+
+TOLD, UTILITY = "tofu.d_over_critical", "tofu.model_utility"
 
 COLUMNS: tuple[tuple[str, str, float], ...] = (
     ("gap closed, KLOM", "gap_closed.klom", 1),
@@ -56,8 +62,19 @@ def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def reaches(cells: Sequence[Mapping[str, Any]], method: str) -> bool:
+    """Whether a language method is, on all seeds that it ran, not told apart from the gold model and keeps 95 % of the utility of the model before."""
+    before = {c["seed"]: _value(c, UTILITY, 1) for c in cells if c["method"] == NOTHING}
+    mine = [(_value(c, TOLD, 1), _value(c, UTILITY, 1), before.get(c["seed"])) for c in cells if c["method"] == method]
+    return bool(mine) and all(d is not None and d <= 1 and u is not None and b is not None and u >= 0.95 * b for d, u, b in mine)
+
+
 def apart(cells: Sequence[Mapping[str, Any]]) -> str:
     """How far doing nothing is from the floor on the forget set, and on retain: the world is valid only where doing nothing fails."""
+    if any(TOLD in by_name(c) for c in cells):
+        far = [_value(c, TOLD, 1) for c in cells if c["method"] == NOTHING]
+        good = [m for m in dict.fromkeys(c["method"] for c in cells) if m not in (NOTHING, "retrain") and reaches(cells, m)]
+        return f"D over its critical value: doing nothing {_spread(far)}. At most 1, with 95 % of the utility before, on every seed: {', '.join(good) or 'no method'}."
     rows = [by_name(c) for c in cells if c["method"] == NOTHING]
     far = [r["klom_before.forget"]["value"] for r in rows if "klom_before.forget" in r]
     floor = [r["klom_floor.forget"]["value"] for r in rows if "klom_floor.forget" in r]
@@ -82,6 +99,9 @@ def ranked(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     trusted = valid(cells)
 
     def key(method: str) -> tuple[float, str]:
+        told = [v for c in cells if c["method"] == method and (v := _value(c, TOLD, 1)) is not None]
+        if told:
+            return (sum(told) / len(told) + 100 * (not reaches(cells, method)), method)
         values = [_value(c, "gap_closed.klom", 1) for c in cells if c["method"] == method]
         good = [v for v in values if v is not None and math.isfinite(v)] if trusted else []
         return (-sum(good) / len(good) if good else math.inf, method)
