@@ -74,7 +74,8 @@ def apart(cells: Sequence[Mapping[str, Any]]) -> str:
     if any(TOLD in by_name(c) for c in cells):
         far = [_value(c, TOLD, 1) for c in cells if c["method"] == NOTHING]
         good = [m for m in dict.fromkeys(c["method"] for c in cells) if m not in (NOTHING, "retrain") and reaches(cells, m)]
-        return f"D over its critical value: doing nothing {_spread(far)}. At most 1, with 95 % of the utility before, on every seed: {', '.join(good) or 'no method'}."
+        reached = ", ".join(good) or "no method"
+        return f"D over its critical value: doing nothing {_spread(far)}. At most 1, with 95 % of the utility before, on every seed: {reached}."
     rows = [by_name(c) for c in cells if c["method"] == NOTHING]
     far = [r["klom_before.forget"]["value"] for r in rows if "klom_before.forget" in r]
     floor = [r["klom_floor.forget"]["value"] for r in rows if "klom_floor.forget" in r]
