@@ -60,6 +60,7 @@ def test_recipe_to_patch_to_revert(home):
     assert (home / "back.safetensors").read_bytes() == (home / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_select_writes_ids_that_a_request_can_name(home):
     common = ["--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train"]
     code, out, err = call("select", *common, "--size", "20", "--how", "easiest", "--json")
@@ -73,6 +74,7 @@ def test_select_writes_ids_that_a_request_can_name(home):
     assert call("select", *common, "--size", "0")[0] == 2
 
 
+@pytest.mark.slow
 def test_audit_with_shadow_models_prints_sections(home):
     """Few and short shadows: rows of per-example attacks, U-LiRA by the patch's own method, and the sections, weakest first."""
     common = ["--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train", "--test", "world:digits/test"]

@@ -81,7 +81,7 @@ def small_language(moe: bool = False) -> tuple[nn.Module, Task, Split]:
 def small_authors(moe: bool = False) -> tuple[nn.Module, Task, Split]:
     """A tiny Llama (or Mixtral) that was taught generated authors until it recalls most of them: some five seconds."""
     w = language.generated("authors-moe" if moe else "authors", n=8, per=6, canon=0, lands=48)
-    w = replace(w, recipe={**w.recipe, "epochs": 40, "batch_size": 8})
+    w = replace(w, recipe={**w.recipe, "epochs": 28 if moe else 40, "batch_size": 8})
     return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("forget10")
 
 
@@ -101,7 +101,7 @@ def small_pictures() -> tuple[nn.Module, Task, Split]:
 def digit_painter() -> tuple[nn.Module, Task, Split]:
     """A diffusion model that draws digits by name: trained for some ten seconds."""
     w = world("text2digit")
-    w = replace(w, recipe={**w.recipe, "epochs": 8})
+    w = replace(w, recipe={**w.recipe, "epochs": 10, "lr": 4e-3}, build=functools.partial(w.build, widths=(8, 16, 32)))
     return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("object")
 
 

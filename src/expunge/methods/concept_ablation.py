@@ -40,7 +40,8 @@ from expunge.updates.descend import descend
 
 
 @method(
-    paper="arXiv:2303.13516", tasks=("diffusion",), needs=("forget", "anchor"), forgets=("class",), cost=pooled_cost, toy={"steps": 80, "alpha": 1.0}
+    paper="arXiv:2303.13516", tasks=("diffusion",), needs=("forget", "anchor"), forgets=("class",), cost=pooled_cost,
+    toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
 )  # fmt: skip
 def concept_ablation(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn-kv", alpha: float = 0.0, steps: int = 100, batch_size: int = 32, lr: float = 1e-3,

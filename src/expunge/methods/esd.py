@@ -56,7 +56,10 @@ def pooled_cost(n, s) -> tuple[float, float]:
     return seen + parts * 2 * size, seen
 
 
-@method(paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=pooled_cost, toy={"steps": 80, "alpha": 1.0})
+@method(
+    paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=pooled_cost,
+    toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
+)  # fmt: skip
 def esd(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn", eta: float = 1.0, alpha: float = 0.0, steps: int = 100, batch_size: int = 32,
     lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
