@@ -93,6 +93,12 @@ def test_texts_are_ranked_by_what_is_not_told_apart():
     assert "doing nothing 1.9 (1.8 to 2)" in (text := table.markdown(cells)) and "on every seed: c." in text
 
 
+def test_drawings_have_columns_of_their_own():
+    rows = [{"name": n, "value": v, "low": v, "high": v, "n": 40} for n, v in (("canvas.ua", 0.95), ("canvas.ira", 1.0))]
+    text = table.markdown([{**_cell("uce", None), "rows": rows}])
+    assert "| method | UA | IRA |" in text and "| uce | 95 | 100 |" in text and "judge" in text
+
+
 def test_table_ranks_only_valid_worlds():
     cells = [_cell("nothing", 0.0), _cell("b", 0.4), _cell("b", 0.6, seed=1), _cell("a", 0.1), _cell("broken", None)]
     text = table.markdown(cells)

@@ -34,6 +34,11 @@ COLUMNS: tuple[tuple[str, str, float], ...] = (
     ("extraction retain", "memorised.extraction_strength.retain", 1),
     ("drop retain", "drop.retain", 1),
     ("drop general", "drop.general", 1),
+    ("UA", "canvas.ua", 100),
+    ("IRA", "canvas.ira", 100),
+    ("CRA", "canvas.cra", 100),
+    ("drawn under other names", "canvas.alias", 100),
+    ("feature distance", "canvas.distance", 1),
     ("error forget", "error.forget", 1),
     ("error test", "error.test", 1),
 )
@@ -76,6 +81,8 @@ def apart(cells: Sequence[Mapping[str, Any]]) -> str:
         good = [m for m in dict.fromkeys(c["method"] for c in cells) if m not in (NOTHING, "retrain") and reaches(cells, m)]
         reached = ", ".join(good) or "no method"
         return f"D over its critical value: doing nothing {_spread(far)}. At most 1, with 95 % of the utility before, on every seed: {reached}."
+    if any("canvas.ua" in by_name(c) for c in cells):
+        return "What a judge sees in the drawings, in %; alphabetical."
     rows = [by_name(c) for c in cells if c["method"] == NOTHING]
     far = [r["klom_before.forget"]["value"] for r in rows if "klom_before.forget" in r]
     floor = [r["klom_floor.forget"]["value"] for r in rows if "klom_floor.forget" in r]
