@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from worlds import copied, small, toy
+from worlds import copied, small, toy, trained
 
 from expunge.audits import canvas
 from expunge.audits.core import Probe, audit
 from expunge.bench import pictures
 from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError
 from expunge.methods import esd, rece, uce
+from expunge.plan import forget
 from expunge.registry import METHODS
 from expunge.run import model_digest, unlearn
 from expunge.scopes.attention import part
@@ -331,3 +332,17 @@ def test_a_request_erases_one_concept():
         canvas.target(replace(split, forget=split.retain), ["object"])
     with pytest.raises(SettingError, match="the judge knows object, not 'style'"):
         canvas.Judge({"object": ("a",)}, {"object": nn.Identity()}, {}).says(torch.zeros(1, 1), "style")
+
+
+@pytest.mark.slow
+def test_the_autopilot_erases_a_concept(tmp_path):
+    """On the world itself (a minute or two of training): unaided it passes with a method in closed form, by rules that all are usable: doing nothing
+    breaks those of forgetting, an untrained model those of utility."""
+    w = pictures.world("text2digit")
+    model, task, split = w.original(0, trained()), w.task, w.split("object")
+    verdict = forget(model, task, split, slow=False)
+    assert verdict.passed, verdict.reasons
+    assert verdict.chosen is not None and verdict.chosen.attempt.method in ("uce", "rece")
+    assert set(verdict.rules) == {"canvas.ua", "canvas.alias", "canvas.ira_drop"} and all(t.usable for t in verdict.trials)
+    verdict.save(tmp_path)
+    assert "no longer show it" in (tmp_path / "report.html").read_text()

@@ -20,7 +20,7 @@ from expunge.outcome import Try, Verdict, baselines, examined, patched, remarks
 from expunge.registry import METHODS
 from expunge.run import check_texts, preflight, unlearn
 from expunge.training import pace
-from expunge.types import Split, Task, Texts
+from expunge.types import Pictures, Split, Task, Texts
 
 SCALES = (1.0, 3.0, 0.3)
 """Multiples of a method's default strength that the autopilot tries, best on validation first audited."""
@@ -92,8 +92,10 @@ def closeness(model: nn.Module, task: Task, split: Split):
 
     Texts: -(|mean loss of validation - mean loss of forget|, as a share of what it was), since the AUC of texts known by heart stays 1 nearly to the
     end; minus twice the share lost of the probability per token on MOST records of retain, or on validation where there is no retain.
+
+    Pictures: None, so that methods run once, as given: their validation is prompts, and a judge is the audit's alone.
     """
-    if split.validation is None:
+    if split.validation is None or isinstance(split.forget, Pictures):
         return None
     probe = Probe(model, model, task, split)
     removed = torch.tensor(probe.removed())
@@ -162,7 +164,7 @@ def forget(
     p = Probe(model, model, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
-    kind = "class" if p.removed() else "records"
+    kind = "class" if p.removed() or isinstance(split.forget, Pictures) else "records"
     order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
     wanted = [
         m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))

@@ -26,8 +26,8 @@ from expunge.tasks.classification import features
 from expunge.trajectory import distinct
 from expunge.types import Pictures, concat
 
-EACH = 240
-"""Drawings at least of the erased concept and of the retained ones together, shared evenly among the concepts."""
+GONE, KEPT = 60, 240
+"""Drawings of the erased concept (all of them gone is at least 0.957 by Wilson's bound), and of the others, shared evenly among combinations of concepts."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def canvas(p: Probe) -> list[Row]:
     judge = task.judge()
     domain, concept = target(p.split, list(judge.names))
     fields = list(judge.names)
-    part = 1 / len(judge.names[domain])
-    asked = concat(drawings(p.split.forget, fields, max(20, int(EACH * part))), drawings(p.split.retain, fields, EACH - int(EACH * part)))
+    asked = concat(drawings(p.split.forget, fields, GONE), drawings(p.split.retain, fields, KEPT))
     asked = Pictures(None, asked.tokens, torch.arange(len(asked)), asked.rows, asked.encode)
     shown = {name: draw_once(p, model, "canvas", asked) for name, model in (("before", p.before), ("after", p.after))}
     found = {name: rates(asked.rows, {d: judge.says(x, d) for d in fields}, domain, concept) for name, x in shown.items()}
@@ -158,12 +157,12 @@ def canvas(p: Probe) -> list[Row]:
 
 
 def aliases(p: Probe, judge: Judge, domain: str, concept: str) -> list[Row]:
-    """canvas.alias and canvas.alias_before over 60 drawings of the test prompts of the concept."""
+    """canvas.alias and canvas.alias_before over drawings of the test prompts of the concept."""
     test = p.split.test
     index = [] if test is None else [k for k, row in enumerate(test.rows) if row.get(domain) == concept]
     if not index:
         return []
-    asked = drawings(test.take(index), list(judge.names), 60)
+    asked = drawings(test.take(index), list(judge.names), GONE)
     rows = []
     for name, model in (("canvas.alias", p.after), ("canvas.alias_before", p.before)):
         said = judge.says(draw_once(p, model, "alias", asked), domain)

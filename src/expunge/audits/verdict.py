@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from expunge.audits.core import Probe, Row, audit, gate
 from expunge.registry import CHECKS
 from expunge.training import fresh
+from expunge.types import Pictures
 
 UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test",
-           "wording.retain.", "wording.test.", "wording.forget.broken")  # fmt: skip
+           "wording.retain.", "wording.test.", "wording.forget.broken", "canvas.ira", "canvas.cra")  # fmt: skip
 """Prefixes of rows that measure what must stay; every other ruled row measures what must go."""
 
 SPEAKS = {"retain": {"wording.retain.lost": "<= 0.1"}, "test": {"wording.test.broken": "<= 0.25"}, "forget": {"wording.forget.broken": "<= 0.5"}}
@@ -45,6 +47,8 @@ def default_rules(p: Probe) -> dict[str, str]:
     """
     if p.task.name == "causal_lm":
         return _texts(p)
+    if isinstance(p.split.forget, Pictures):
+        return _pictures(p)
     if p.task.name == "regression":
         goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
         return {**goes, "drop.test": "<= 0.15"}
@@ -55,6 +59,14 @@ def default_rules(p: Probe) -> dict[str, str]:
         return {**answers, **inside, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
     goes = _records(p) if len(p.references) >= 2 else {"membership.loss_auc": "0.4..0.6"}
     return {**goes, "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+
+
+def _pictures(p: Probe) -> dict[str, str]:
+    """The concept is drawn no more, under its own and (where test has any) under other names, and at most one in twenty of the others is lost."""
+    task: Any = p.task
+    other = {} if task.judge is None or len(task.judge().names) < 2 else {"canvas.cra_drop": "<= 0.05"}
+    alias = {} if p.split.test is None else {"canvas.alias": "<= 0.2"}
+    return {"canvas.ua": ">= 0.9", **alias, "canvas.ira_drop": "<= 0.05", **other}
 
 
 def _texts(p: Probe) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from expunge.audits.core import Probe, Scores
+from expunge.types import Pictures
 
 LIMIT = 2000
 """Most losses kept per histogram."""
@@ -16,7 +17,9 @@ LIMIT = 2000
 def pictures(p: Probe, tries: Sequence[Any]) -> dict[str, Any]:
     """JSON-able data for the plots of the report's schema; `p.after` is the model shown, `tries` are `outcome.Try`."""
     which = {"before": "before", "after": "after", **({"retrained": "reference0"} if p.references else {})}
-    have = p.split.parts()
+    have = {n: part for n, part in p.split.parts().items() if not (isinstance(part, Pictures) and part.x is None)}  # prompts alone have no loss
+    if "forget" not in have:
+        return {"loss": {}, "scatter": [point for t in tries if (point := _point(t))], "offenders": []}
     parts = [n for n in ("forget", "retain", "test") if n in have]
     loss = {part: {label: p.scores(name, part).nll[:LIMIT].tolist() for label, name in which.items()} for part in parts}
     out: dict[str, Any] = {"loss": loss, "scatter": [point for t in tries if (point := _point(t))]}
