@@ -312,8 +312,10 @@ def test_shapes_are_drawn_in_all_styles():
         pictures.shape_image("star", "plain", torch.Generator())
 
 
-def test_the_canvas_tells_what_was_erased_and_what_was_kept():
+def test_the_canvas_tells_what_was_erased_and_what_was_kept(monkeypatch):
     """Untouched, the model draws the concept; after UCE it does not, and draws the rest as before."""
+    monkeypatch.setattr(canvas, "GONE", 30)
+    monkeypatch.setattr(canvas, "KEPT", 90)
     model, task, split = toy("diffusion")
     twin = copied(model)
     METHODS["uce"](model, task, split).apply(twin)
