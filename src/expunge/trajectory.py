@@ -1,20 +1,25 @@
 """Trajectories of a frozen diffusion model, drawn once: states x_t with what the model says there, from which every step of a method takes its batch.
 
 The published codes sample some 25 guided steps anew for every single update. A frozen model's trajectories do not depend on the weights that are trained,
-so all states of a few of them feed all updates. Kept by digest as long as the run lives (`remember.recall`).
+so all states of a few of them feed all updates. Kept by digest as long as the run lives (`remember.recall`). `follow` is the loop of methods that learn so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from expunge.patch import Patch
 from expunge.remember import recall
+from expunge.scopes import attention
+from expunge.session import edit
 from expunge.tasks.diffusion import draw
-from expunge.types import Batch, Batches, Pictures
+from expunge.types import Batch, Batches, Paired, Pictures, Split, drawn
+from expunge.updates.descend import descend
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,7 @@ def pool(model: nn.Module, task: Any, data: Pictures, n: int, *, guidance: float
     there are more than n). Costs 2 n `steps` examples forward."""
     chosen, _ = distinct(data)
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[torch.arange(n) % len(chosen)]
-    data = chosen.take(order)
-    data = Pictures(None, data.tokens, seed * 1_000_003 + torch.arange(n), data.rows, data.encode)
+    data = replace(chosen.take(order), x=None, ids=seed * 1_000_003 + torch.arange(n))
     task.collate(chosen, order, None)  # the run's meter counts whose records these are
     shape = task.shape if chosen.x is None else tuple(chosen.x.shape[1:])
 
@@ -73,3 +77,45 @@ def pool(model: nn.Module, task: Any, data: Pictures, n: int, *, guidance: float
         return dict(zip(("xt", "t", "i", "cond", "null"), (torch.cat(c) for c in zip(*kept, strict=True)), strict=True))
 
     return data, Pool(**recall(f"pool/{shape}/{guidance}/{steps}/{seed}", model, data, make))
+
+
+def squared(task: Any, model: nn.Module, batch: Batch, target: Tensor) -> Tensor:
+    """(B,) mean over the elements of (e(x_t, t, c) - target)^2, in float32. Check (card esd): e - target = (0.8, -0.8) gives 0.64."""
+    return (task.forward(model, batch).pred - target).square().flatten(1).mean(1)
+
+
+def follow(
+    model: nn.Module, task: Any, split: Split, data: Pictures, forget: Callable[[Batch, Pictures], Tensor], *, part: str, alpha: float, steps: int,
+    batch_size: int, lr: float, guidance: float, trajectories: int, path: int, seed: int,
+) -> Patch:  # fmt: skip
+    """Descend by Adam on forget(batch, prompts) over states of `data`'s trajectories, plus alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 over retained ones.
+
+    forget   a batch of states and the records that its positions `i` name -> (B,)
+    The rest are the settings of the methods (see esd).
+    """
+    scope = attention.part(model, part)
+    gone, states = pool(model, task, data, trajectories, guidance=guidance, steps=path, seed=seed)
+    streams = [states.batches(gone, batch_size, steps, seed)]
+    if split.retain is not None and alpha:
+        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
+        streams.append(others.batches(kept, batch_size, steps, seed + 1))
+
+    def loss(pair: tuple[Batch, ...]) -> Tensor:
+        f, *rest = pair
+        value = forget(f, gone).mean()
+        for r in rest:
+            value = value + alpha * squared(task, model, r, r["cond"]).mean()
+        return value
+
+    with edit(model, scope) as e:
+        e.eval()
+        descend(e, loss, Paired(*streams), lr=lr, optimizer="adam")
+    return e.patch
+
+
+def cost(n, s) -> tuple[float, float]:
+    """Passes of a method that calls `follow`: 2 per state drawn, and those of the updates."""
+    parts = 2 if "retain" in n and s["alpha"] else 1
+    size = s["trajectories"] * s["path"]
+    seen = parts * drawn(size, s["batch_size"], s["steps"])
+    return seen + parts * 2 * size, seen

@@ -2,7 +2,7 @@
 
     UA    1 - share of drawings of the erased concept that the judge still names so
     IRA   share named rightly among drawings of the other concepts of its domain
-    CRA   share named rightly in the other domains, over all drawings but those of the erased concept
+    CRA   share named rightly in the other domains, over all drawings
     distance   Frechet distance between the judge's features of drawn and of real retained images
 
 Before and after draw from the same noise. A judge has no word for "nothing": a destroyed image counts as unlearned, so read UA beside the rest.
@@ -11,7 +11,7 @@ Before and after draw from the same noise. A judge has no word for "nothing": a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,8 +117,7 @@ def drawings(data: Pictures, fields: Sequence[str], n: int) -> Pictures:
         groups.setdefault(tuple(row.get(f) for f in fields), []).append(k)
     each = max(1, n // len(groups))
     index = [rows[j % len(rows)] for rows in groups.values() for j in range(each)]
-    chosen = unique.take(index)
-    return Pictures(None, chosen.tokens, torch.arange(len(index)), chosen.rows, chosen.encode)
+    return replace(unique.take(index), x=None, ids=torch.arange(len(index)))
 
 
 @check(tasks=("diffusion",), needs=("forget", "retain"))
@@ -133,7 +132,7 @@ def canvas(p: Probe) -> list[Row]:
     domain, concept = target(p.split, list(judge.names))
     fields = list(judge.names)
     asked = concat(drawings(p.split.forget, fields, GONE), drawings(p.split.retain, fields, KEPT))
-    asked = Pictures(None, asked.tokens, torch.arange(len(asked)), asked.rows, asked.encode)
+    asked = replace(asked, ids=torch.arange(len(asked)))
     shown = {name: draw_once(p, model, "canvas", asked) for name, model in (("before", p.before), ("after", p.after))}
     found = {name: rates(asked.rows, {d: judge.says(x, d) for d in fields}, domain, concept) for name, x in shown.items()}
     sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in judge.right.items())

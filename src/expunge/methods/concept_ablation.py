@@ -29,18 +29,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from expunge.errors import SettingError
-from expunge.methods.esd import pooled_cost, squared
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.scopes import attention
-from expunge.session import edit
-from expunge.trajectory import pool
-from expunge.types import Batch, Paired, Split
-from expunge.updates.descend import descend
+from expunge.trajectory import cost, follow, squared
+from expunge.types import Batch, Pictures, Split
 
 
 @method(
-    paper="arXiv:2303.13516", tasks=("diffusion",), needs=("forget", "anchor"), forgets=("class",), cost=pooled_cost,
+    paper="arXiv:2303.13516", tasks=("diffusion",), needs=("forget", "anchor"), forgets=("class",), cost=cost,
     toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
 )  # fmt: skip
 def concept_ablation(
@@ -51,23 +47,13 @@ def concept_ablation(
     if len(split.anchor) != len(split.forget):
         raise SettingError(f"anchor must say row by row what to draw instead: it has {len(split.anchor)} rows, forget {len(split.forget)}")
     named = {row.numpy().tobytes(): k for k, row in enumerate(split.anchor.tokens)}
-    scope = attention.part(model, part)
-    instead, states = pool(model, task, split.anchor, trajectories, guidance=guidance, steps=path, seed=seed)
-    rows = [named[row.numpy().tobytes()] for row in instead.tokens]
-    concept = task.collate(split.forget, split.anchor.ids.new_tensor(rows), None)["y"]
-    streams = [states.batches(instead, batch_size, steps, seed)]
-    if split.retain is not None and alpha:
-        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
-        streams.append(others.batches(kept, batch_size, steps, seed + 1))
 
-    def loss(pair: tuple[Batch, ...]) -> Tensor:
-        f, *rest = pair
-        value = squared(task, model, {**f, "y": concept[f["i"]]}, f["cond"]).mean()
-        for r in rest:
-            value = value + alpha * squared(task, model, r, r["cond"]).mean()
-        return value
+    def forget(batch: Batch, instead: Pictures) -> Tensor:
+        """The anchor's states under the concept's own prompts, row by row."""
+        rows = split.anchor.ids.new_tensor([named[instead.tokens[k].numpy().tobytes()] for k in batch["i"].tolist()])
+        return squared(task, model, {**batch, "y": task.collate(split.forget, rows, None)["y"]}, batch["cond"])
 
-    with edit(model, scope) as e:
-        e.eval()
-        descend(e, loss, Paired(*streams), lr=lr, optimizer="adam")
-    return e.patch
+    return follow(
+        model, task, split, split.anchor, forget, part=part, alpha=alpha, steps=steps, batch_size=batch_size, lr=lr, guidance=guidance,
+        trajectories=trajectories, path=path, seed=seed,
+    )  # fmt: skip

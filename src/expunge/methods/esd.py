@@ -31,11 +31,8 @@ from torch import Tensor, nn
 
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.scopes import attention
-from expunge.session import edit
-from expunge.trajectory import pool
-from expunge.types import Batch, Paired, Split, drawn
-from expunge.updates.descend import descend
+from expunge.trajectory import cost, follow, squared
+from expunge.types import Split
 
 
 def negated(null: Tensor, cond: Tensor, eta: float) -> Tensor:
@@ -43,43 +40,15 @@ def negated(null: Tensor, cond: Tensor, eta: float) -> Tensor:
     return null - eta * (cond - null)
 
 
-def squared(task: Any, model: nn.Module, batch: Batch, target: Tensor) -> Tensor:
-    """(B,) mean over the elements of (e(x_t, t, c) - target)^2, in float32. Check (card esd): e - target = (0.8, -0.8) gives 0.64."""
-    return (task.forward(model, batch).pred - target).square().flatten(1).mean(1)
-
-
-def pooled_cost(n, s) -> tuple[float, float]:
-    """Passes of a method that learns from trajectories of forget (or anchor) and, with alpha, of retain: 2 per state drawn, and those of the updates."""
-    parts = 2 if "retain" in n and s["alpha"] else 1
-    size = s["trajectories"] * s["path"]
-    seen = parts * drawn(size, s["batch_size"], s["steps"])
-    return seen + parts * 2 * size, seen
-
-
 @method(
-    paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=pooled_cost,
-    toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
+    paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=cost, toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
 )  # fmt: skip
 def esd(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn", eta: float = 1.0, alpha: float = 0.0, steps: int = 100, batch_size: int = 32,
     lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
-    scope = attention.part(model, part)
-    gone, states = pool(model, task, split.forget, trajectories, guidance=guidance, steps=path, seed=seed)
-    streams = [states.batches(gone, batch_size, steps, seed)]
-    if split.retain is not None and alpha:
-        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
-        streams.append(others.batches(kept, batch_size, steps, seed + 1))
-
-    def loss(pair: tuple[Batch, ...]) -> Tensor:
-        f, *rest = pair
-        value = squared(task, model, f, negated(f["null"], f["cond"], eta)).mean()
-        for r in rest:
-            value = value + alpha * squared(task, model, r, r["cond"]).mean()
-        return value
-
-    with edit(model, scope) as e:
-        e.eval()
-        descend(e, loss, Paired(*streams), lr=lr, optimizer="adam")
-    return e.patch
+    return follow(
+        model, task, split, split.forget, lambda b, _: squared(task, model, b, negated(b["null"], b["cond"], eta)), part=part, alpha=alpha, steps=steps,
+        batch_size=batch_size, lr=lr, guidance=guidance, trajectories=trajectories, path=path, seed=seed,
+    )  # fmt: skip

@@ -235,11 +235,6 @@ def draw(
     return torch.cat(out)
 
 
-def with_states(batch: Batch, context: Tensor) -> Batch:
-    """The batch with embeddings in place of its prompts."""
-    return {**batch, "states": context}
-
-
 def emptied(data: Pictures, null: Tensor) -> Pictures:
     """The same records under the empty prompt."""
     return replace(data, tokens=null.expand(len(data), -1).clone(), rows=tuple({**r, "prompt": ""} for r in data.rows))
