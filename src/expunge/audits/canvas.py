@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
+from expunge.audits.drop import paired
 from expunge.audits.stats import wilson
 from expunge.errors import SettingError
 from expunge.guard import quiet
@@ -80,14 +81,17 @@ def rates(wanted: Sequence[Mapping[str, Any]], said: Mapping[str, Sequence[str]]
     >>> rates(rows, {"style": ["b", "a", "b", "b"], "object": ["x", "y", "x", "x"]}, "style", "a")
     {'ua': (1, 2), 'ira': (2, 2), 'cra': (3, 4)}
     """
-    right = {d: [row[d] == word for row, word in zip(wanted, words, strict=True)] for d, words in said.items()}
-    mine = [row[domain] == concept for row in wanted]
-    out = {"ua": (sum(m and not r for m, r in zip(mine, right[domain], strict=True)), sum(mine))}
-    out["ira"] = (sum(r and not m for m, r in zip(mine, right[domain], strict=True)), len(mine) - sum(mine))
-    others = [d for d in said if d != domain]
-    if others:
-        out["cra"] = (sum(sum(right[d]) for d in others), len(others) * len(wanted))
+    right = named_rightly(wanted, said)
+    mine = torch.tensor([row[domain] == concept for row in wanted])
+    out = {"ua": (int((mine & ~right[domain]).sum()), int(mine.sum())), "ira": (int((right[domain] & ~mine).sum()), int((~mine).sum()))}
+    if others := [right[d] for d in said if d != domain]:
+        out["cra"] = (int(torch.cat(others).sum()), len(others) * len(wanted))
     return out
+
+
+def named_rightly(wanted: Sequence[Mapping[str, Any]], said: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """(N,) bool per domain: the judge's word is the one that was asked for."""
+    return {d: torch.tensor([row[d] == word for row, word in zip(wanted, words, strict=True)]) for d, words in said.items()}
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -134,22 +138,23 @@ def canvas(p: Probe) -> list[Row]:
     asked = concat(drawings(p.split.forget, fields, GONE), drawings(p.split.retain, fields, KEPT))
     asked = replace(asked, ids=torch.arange(len(asked)))
     shown = {name: draw_once(p, model, "canvas", asked) for name, model in (("before", p.before), ("after", p.after))}
-    found = {name: rates(asked.rows, {d: judge.says(x, d) for d in fields}, domain, concept) for name, x in shown.items()}
+    said = {name: {d: judge.says(x, d) for d in fields} for name, x in shown.items()}
+    found = rates(asked.rows, said["after"], domain, concept)
     sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in judge.right.items())
-    rows = [Row(f"canvas.{k}", *wilson(*found["after"][k]), found["after"][k][1], f"judge right on held-out images: {sure}") for k in found["after"]]
-    for k in ("ira", "cra"):
-        if k in found["after"]:
-            (b, n), (a, _) = found["before"][k], found["after"][k]
-            width = (wilson(a, n)[2] - wilson(a, n)[1] + wilson(b, n)[2] - wilson(b, n)[1]) / 4
-            rows.append(Row(f"canvas.{k}_drop", (b - a) / n, (b - a) / n - width, (b - a) / n + width, n, f"{b / n:.3f} before"))
+    rows = [Row(f"canvas.{k}", *wilson(*v), v[1], f"judge right on held-out images: {sure}") for k, v in found.items()]
+    before, after = (named_rightly(asked.rows, said[name]) for name in ("before", "after"))
+    lost = {d: before[d].float() - after[d].float() for d in fields}
+    stays = torch.tensor([row[domain] != concept for row in asked.rows])
+    rows.append(paired("canvas.ira_drop", lost[domain][stays], "against the model before, on the same noise"))
+    if others := [lost[d] for d in fields if d != domain]:
+        rows.append(paired("canvas.cra_drop", torch.cat(others), "against the model before, on the same noise"))
     rows += aliases(p, judge, domain, concept)
-    kept = [k for k, row in enumerate(asked.rows) if row[domain] != concept]
     real = p.split.retain.x
     if real is not None:
         base = judge.features(real, domain)
-        distances = {name: frechet(judge.features(x[kept], domain), base) for name, x in shown.items()}
+        distances = {name: frechet(judge.features(x[stays], domain), base) for name, x in shown.items()}
         rows += [
-            Row(name, v, v, v, len(kept), f"{len(kept)} drawings, {len(base)} images, features of the {domain} judge")
+            Row(name, v, v, v, int(stays.sum()), f"{int(stays.sum())} drawings, {len(base)} images, features of the {domain} judge")
             for name, v in (("canvas.distance", distances["after"]), ("canvas.distance_before", distances["before"]))
         ]
     return rows
