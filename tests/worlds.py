@@ -105,10 +105,14 @@ def digit_painter() -> tuple[nn.Module, Task, Split]:
     return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("object")
 
 
+OTHERS: dict[str, tuple[Callable, Callable]] = {"diffusion": (small_pictures, digit_painter)}
+"""Task -> its untrained model with few records, and its trained one."""
+
+
 def toy(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
-    """The world of a task: `classification` (with anchors), `regression`, `causal_lm` or `diffusion`."""
-    if task_name == "diffusion":
-        return digit_painter()
+    """The world of a task; that of `classification` has anchors."""
+    if task_name in OTHERS:
+        return OTHERS[task_name][1]()
     if task_name == "causal_lm":
         return small_authors(moe)
     if task_name != "classification":
@@ -122,8 +126,8 @@ def small(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
     if task_name == "causal_lm":
         model, task, split = small_language(moe)
         return copy.deepcopy(model), task, split
-    if task_name == "diffusion":
-        model, task, split = small_pictures()
+    if task_name in OTHERS:
+        model, task, split = OTHERS[task_name][0]()
         return copy.deepcopy(model), task, split
     w = world("digits" if task_name == "classification" else "diabetes")
     task, split = w.task, w.split("class")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -251,22 +252,15 @@ def _given(folders: Mapping[str, Path], label: str) -> nn.Module:
     return checkpoints.load(folders[kind])[0]
 
 
-def _language(name: str) -> World:
-    from expunge.bench import language
-
-    return language.world(name)
-
-
-def _pictures(name: str) -> World:
-    from expunge.bench import pictures
-
-    return pictures.world(name)
+def _from(module: str, name: str) -> World:
+    return importlib.import_module(f"expunge.bench.{module}").world(name)
 
 
 PICTURES = tuple(f"{name}{kind}" for name in ("text2digit", "text2digit-mnist", "shapes") for kind in ("", "-epsilon", "-v"))
+ELSEWHERE = {"language": ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"), "pictures": PICTURES}
+"""Module of `expunge.bench` -> worlds that its `world(name)` builds."""
 WORLDS: dict[str, Callable[[], World]] = {"digits": _digits, "diabetes": _diabetes, "mnist": _mnist, "cifar10": _cifar10}
-WORLDS |= {name: functools.partial(_language, name) for name in ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu")}
-WORLDS |= {name: functools.partial(_pictures, name) for name in PICTURES}
+WORLDS |= {name: functools.partial(_from, module, name) for module, names in ELSEWHERE.items() for name in names}
 WORLDS |= {"digits-wrong": lambda: with_wrong_labels(_digits()), "mnist-wrong": lambda: with_wrong_labels(_mnist(10_000))}
 
 
