@@ -1,6 +1,6 @@
 """Language unlearning on a small Llama of about 2 M parameters: CPU seconds on one thread, ratios in one run.
 
-1  NPO step, 8 + 8 records: S_ref looked up, logits from the first target on, fused AdamW   against   a live reference model, all logits, AdamW as it comes
+1  NPO step, 8 + 8 records: S_ref looked up, one pass for both parts, no logits of prompts, fused AdamW   against   a live reference, all logits, plain AdamW
 2  RMU step: both passes end at the layer that is read   against   a whole forward and backward pass of the same batches
 3  TOFU evaluation of one model: every part read once, the prompt shared by its answers   against   one forward pass per metric
 """
@@ -23,6 +23,7 @@ from expunge.data.text import Format
 from expunge.losses import language as losses
 from expunge.methods.rmu import steer
 from expunge.tasks.causal_lm import blocks, causal_lm, hidden
+from expunge.tuning import passes
 from expunge.types import IGNORE, Split, Texts
 
 
@@ -74,11 +75,9 @@ def npo_steps(model: nn.Module, forget: Texts, retain: Texts, steps: int, *, kee
 
         def ours(k: int, mine=mine, values=values) -> Tensor:
             batch = gone[k]
-            value = losses.npo(task.forward(mine, batch), values[batch["i"]], beta=beta).mean()
-            if keep:
-                out = task.forward(mine, kept[k])
-                value = value + losses.pooled(out.nll, out)
-            return value
+            outs = passes(mine, task, {"forget": batch, **({"retain": kept[k]} if keep else {})})
+            value = losses.npo(outs["forget"], values[batch["i"]], beta=beta).mean()
+            return value + losses.pooled(outs["retain"].nll, outs["retain"]) if keep else value
 
         def theirs(k: int, mine=mine, reference=reference) -> Tensor:
             value = published_npo(mine, reference, gone[k], beta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from expunge.registry import METHODS
 from expunge.run import unlearn
 from expunge.scopes.lora import lora, off
 from expunge.tasks.causal_lm import blocks, buckets, features, generate, hidden, padded
-from expunge.tuning import Tuning, tune
+from expunge.tuning import Scored, Tuning, tune
 from expunge.types import IGNORE, Batches, Split, Texts, concat
 from expunge.updates.descend import descend
 
@@ -321,6 +322,27 @@ def test_a_lora_start_leaves_the_function_as_it_was():
     e.patch.apply(model)
     with torch.no_grad():
         torch.testing.assert_close(task.forward(model, batch).nll, inside, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_a_small_step_share_a_forward_pass_and_large_ones_do_not(monkeypatch):
+    """Joined or apart: the same weights but for rounding, and as many passes as said."""
+    model, task, split = small("causal_lm")
+    rows, found = [], []
+
+    def forward(m, batch):
+        rows[-1].append(len(batch["x"]))
+        return task.forward(m, batch)
+
+    scored = Scored(lambda out, batch: -losses.pooled(out.nll, out, batch))
+    settings = Tuning(epochs=1, lr=1e-2, batch_size=2, retain_size=3, accumulate=2, optimizer="sgd", clip=1e9, warmup=0.0)
+    for most in (10**9, 0):
+        monkeypatch.setattr("expunge.tuning.JOINED", most)
+        rows.append([])
+        found.append({e.name: e.values for e in tune(model, replace(task, forward=forward), split, scored, settings, seed=0).edits})
+    assert rows[0] == [5, 5] and sorted(rows[1]) == [2, 2, 3, 3]
+    assert found[0].keys() == found[1].keys()
+    for name, values in found[0].items():
+        torch.testing.assert_close(values, found[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_parts_are_one_large_step():

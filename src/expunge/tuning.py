@@ -1,7 +1,7 @@
 """What all language methods share: the settings of a run, and `tune`, which pairs a forget loss with a retain loss on a scope.
 
 A step takes one batch of forget data and one of retain data: loss = gamma * forget + alpha * retain. Each is its own part of the step, so
-that only one forward pass is held at a time.
+that only one forward pass is held at a time; small batches (JOINED) whose losses read nothing but the pass share one, which is faster.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from expunge.errors import ScopeError, SettingError, SplitError
@@ -22,6 +23,7 @@ from expunge.remember import Top, top_logits
 from expunge.scopes.layers import everything
 from expunge.scopes.lora import lora, off
 from expunge.session import Session, edit
+from expunge.tasks.causal_lm import padded, parted
 from expunge.types import IGNORE, Batch, Batches, Out, Scope, Split, Task, Texts, drawn
 from expunge.updates.descend import descend
 
@@ -78,16 +80,26 @@ class Tuning:
             raise SettingError(f"accumulate must be 1 or larger and epochs above 0; found {self.accumulate} and {self.epochs:g}")
 
 
-ForgetLoss = Callable[[Batch], Tensor]
-"""A batch of forget data -> one number."""
+@dataclass(frozen=True)
+class Scored:
+    """A loss (out, batch) -> one number that needs one forward pass of its batch and nothing else of the model."""
+
+    of: Callable[[Out, Batch], Tensor]
+
+
+Loss = Callable[[Batch], Tensor] | Scored
+"""A batch -> one number."""
+
+JOINED = 1024
+"""Tokens, padding included, up to which the parts of a step share a forward pass: it fills the processor, and holds little."""
 
 
 class Steps(Sequence):
-    """Steps of `tune`: [k] is a list of parts (kind, batch, share of the step), each batch with `tokens`, the target tokens per part of its kind in the
-    step."""
+    """Steps of `tune`: [k] is a list of parts {kind: batch} with their share of the step, each batch with `tokens`, the target tokens per part of its kind in
+    the step. Batches of the kinds in `joint` stand in one part when they are small."""
 
-    def __init__(self, streams: Mapping[str, Sequence], accumulate: int) -> None:
-        self.streams, self.accumulate = streams, accumulate
+    def __init__(self, streams: Mapping[str, Sequence], accumulate: int, joint: Sequence[str] = ()) -> None:
+        self.streams, self.accumulate, self.joint = streams, accumulate, joint
         self.longest = max(len(s) for s in streams.values())
         self.steps = -(-self.longest // accumulate)
 
@@ -101,8 +113,13 @@ class Steps(Sequence):
         for kind, stream in self.streams.items():
             found = [stream[j % len(stream)] for j in range(k * self.accumulate, min((k + 1) * self.accumulate, self.longest))]
             tokens = sum(int((b["y"] != IGNORE).sum()) for b in found) / len(found)
-            parts += [(kind, {**b, "tokens": tokens}, 1 / len(found)) for b in found]
-        return parts
+            parts += [({kind: {**b, "tokens": tokens}}, 1 / len(found)) for b in found]
+        both = [p for p in parts if next(iter(p[0])) in self.joint]
+        if not both or sum(len(b["x"]) for p, _ in both for b in p.values()) * max(b["x"].shape[1] for p, _ in both for b in p.values()) > JOINED:
+            return parts
+        rest = [p for p in parts if next(iter(p[0])) not in self.joint]
+        n = len(both) // len(self.joint)
+        return [({kind: batch for p, _ in both[j::n] for kind, batch in p.items()}, 1 / n) for j in range(n)] + rest
 
 
 @contextlib.contextmanager
@@ -202,14 +219,24 @@ def retained(model: nn.Module, task: Task, split: Split, tuning: Tuning, keeps: 
     return pooling
 
 
+def passes(model: nn.Module, task: Task, batches: Mapping[str, Batch]) -> dict[str, Out]:
+    """The forward pass of each batch; several go through the model as one."""
+    if len(batches) < 2:
+        return {kind: task.forward(model, b) for kind, b in batches.items()}
+    width = max(b["x"].shape[1] for b in batches.values())
+    wide = [padded(b, width - b["x"].shape[1]) for b in batches.values()]
+    out = task.forward(model, {key: torch.cat([b[key] for b in wide]) for key in ("x", "y", "n", "i")})
+    return dict(zip(batches, parted(out, [len(b["x"]) for b in wide]), strict=True))
+
+
 def tune(
-    model: nn.Module, task: Task, split: Split, forget: ForgetLoss | None, tuning: Tuning, *, seed: int, data: Texts | None = None, scope: Scope | None = None,
-    keep: Callable[[Batch], Tensor] | None = None, more: Mapping[str, tuple[Sequence, Callable[[Batch], Tensor]]] | None = None,
+    model: nn.Module, task: Task, split: Split, forget: Loss | None, tuning: Tuning, *, seed: int, data: Texts | None = None, scope: Scope | None = None,
+    keep: Loss | None = None, more: Mapping[str, tuple[Sequence, Callable[[Batch], Tensor]]] | None = None,
     after: Callable[[int], None] | None = None, until: Callable[[Session, int], bool] | None = None, session: Any = None,
 ) -> Patch:  # fmt: skip
     """Descend on gamma * forget(batch) + alpha * retain over paired batches, and return the patch.
 
-    forget    loss of a batch of `data` (the forget set when None); None trains on the rest alone
+    forget    loss of a batch of `data` (the forget set when None), `Scored` where it can be; None trains on the rest alone
     scope     where weights may move, in place of the settings' own
     keep      a retain loss in place of the settings' own
     more      further parts of each step: name -> (batches, loss of one)
@@ -222,24 +249,29 @@ def tune(
     if wants and split.retain is None:
         raise SplitError(f"retain={tuning.retain} needs retain data; give some, or set retain=none (on the command line --METHOD.retain none)")
     streams: dict[str, Any] = {}
-    losses: dict[str, Callable[[Batch], Tensor]] = {}
+    losses: dict[str, Loss] = {}
+    weights = {"forget": tuning.gamma, "retain": tuning.alpha}
     forgets = task.batches(data, tuning.batch_size, epochs=tuning.epochs, seed=seed)
     if forget is not None:
-        streams["forget"], losses["forget"] = forgets, lambda batch: tuning.gamma * forget(batch)
+        streams["forget"], losses["forget"] = forgets, forget
     if wants:
-        keeps = retain_batches(task, split, tuning, seed, len(forgets))
-        kept = keep or retained(model, task, split, tuning, keeps)
-        streams["retain"], losses["retain"] = keeps, lambda batch: tuning.alpha * kept(batch)
+        keeps = streams["retain"] = retain_batches(task, split, tuning, seed, len(forgets))
+        plain = Scored(lambda out, batch: pooled(out.nll, out, batch))
+        losses["retain"] = keep or (plain if tuning.retain == "ce" else retained(model, task, split, tuning, keeps))
     for name, (batches, loss) in (more or {}).items():
         streams[name], losses[name] = batches, loss
+    scored = [kind for kind, loss in losses.items() if isinstance(loss, Scored)]
 
-    def of(part: tuple[str, Batch, float]) -> Tensor:
-        kind, batch, share = part
-        return share * losses[kind](batch)
+    def of(part: tuple[dict[str, Batch], float]) -> Tensor:
+        batches, share = part
+        outs = passes(model, task, {kind: b for kind, b in batches.items() if kind in scored})
+        values = {kind: loss.of(outs[kind], b) if isinstance(loss := losses[kind], Scored) else loss(b) for kind, b in batches.items()}
+        return share * torch.stack([weights.get(kind, 1.0) * value for kind, value in values.items()]).sum()
 
+    steps = Steps(streams, tuning.accumulate, scored if len(scored) > 1 else ())
     with session or opened(model, tuning, scope) as e:
         descend(
-            e, of, Steps(streams, tuning.accumulate), lr=tuning.lr, optimizer=tuning.optimizer, weight_decay=tuning.weight_decay, clip=tuning.clip,
+            e, of, steps, lr=tuning.lr, optimizer=tuning.optimizer, weight_decay=tuning.weight_decay, clip=tuning.clip,
             schedule=tuning.schedule, warmup=tuning.warmup, after=after, until=until and (lambda step: until(e, step)),
         )  # fmt: skip
     return e.patch

@@ -7,7 +7,7 @@ from the length of the tokenised prompt, since a tokenizer may merge the end of 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,18 @@ class Format:
 
     def encode(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """((T,) tokens, (T,) bool targets) of one record. Raises DataError when no token is left to train."""
-        text, start, end = self.whole(row)
-        found = self.tokenizer(text, add_special_tokens=self.template != "chat", return_offsets_mapping=True)
-        tokens, offsets = list(found["input_ids"]), list(found["offset_mapping"])
+        return self._marked(row, *(whole := self.whole(row)), *self._cut([whole[0]])[0])
+
+    def _cut(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Tokens and their places in each text."""
+        if not texts:
+            return []
+        found = self.tokenizer(texts, add_special_tokens=self.template != "chat", return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def _marked(self, row: Mapping[str, Any], text: str, start: int, end: int, tokens: list[int], offsets: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of a record whose whole text was cut into these tokens at these places."""
+        whole = len(tokens)
         eos = self.tokenizer.eos_token_id
         if self.template != "chat" and eos is not None and (not tokens or tokens[-1] != eos):
             tokens, offsets = [*tokens, eos], [*offsets, (len(text), len(text))]
@@ -90,18 +99,13 @@ class Format:
         kept[:1] = [False]
         tokens, kept = tokens[: self.max_length], kept[: self.max_length]
         if not any(kept):
-            whole = len(found["input_ids"])
             raise DataError(f"no token to train within max_length={self.max_length} of {whole}: the prompt is too long, or the answer empty")
         return torch.tensor(tokens, dtype=torch.long), torch.tensor(kept)
 
     def texts(self, rows: Sequence[Mapping[str, Any]], ids: Tensor | None = None) -> Texts:
-        """All records as Texts. Raises DataError naming the record that cannot be used, counted from 1."""
-        pairs = []
-        for number, row in enumerate(rows, 1):
-            try:
-                pairs.append(self.encode(row))
-            except DataError as error:
-                raise DataError(f"record {number}: {error}") from None
+        """All records as Texts, cut into tokens in one call. Raises DataError naming the record that cannot be used, counted from 1."""
+        wholes = numbered(self.whole, rows)
+        pairs = numbered(lambda row, whole, cut: self._marked(row, *whole, *cut), rows, wholes, self._cut([w[0] for w in wholes]))
         ids = torch.arange(len(rows)) if ids is None else ids
         return Texts(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), ids, tuple(dict(r) for r in rows), self)
 
@@ -145,6 +149,17 @@ class Format:
 
     def _ends(self, token: int) -> bool:
         return token in set(self.tokenizer.all_special_ids) or token == self.tokenizer.eos_token_id
+
+
+def numbered(make: Callable, *columns: Sequence) -> list:
+    """make(*values) of each record; a DataError names it, counted from 1."""
+    found = []
+    for number, values in enumerate(zip(*columns, strict=True), 1):
+        try:
+            found.append(make(*values))
+        except DataError as error:
+            raise DataError(f"record {number}: {error}") from None
+    return found
 
 
 def windows(text: str, tokenizer: Any, length: int, *, least: int = 5) -> list[str]:

@@ -29,8 +29,8 @@ from expunge.losses.language import kept, pooled, soft_target
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.tasks.causal_lm import with_targets
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Out, Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 def struck(out: Out) -> Tensor:
@@ -60,8 +60,7 @@ def ce_u(
     # the first token of a sequence never counts, whatever the mask says
     data = with_targets(split.forget, [later(torch.cat([torch.zeros_like(t[:1]), t[1:]]), skip_first) for t in split.forget.targets])
 
-    def forget(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def forget(out: Out, batch: Batch) -> Tensor:
         return pooled(struck(out), out, batch)
 
-    return tune(model, task, split, forget, tuning, seed=seed, data=data)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed, data=data)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from expunge.losses.language import pooled
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 @method(
@@ -35,8 +35,7 @@ def grad_diff(
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
 
-    def forget(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def forget(out: Out, batch: Batch) -> Tensor:
         return -pooled(out.nll, out, batch)
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

@@ -25,8 +25,8 @@ from expunge.errors import SplitError
 from expunge.losses.language import pooled
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Split, Task, Texts
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task, Texts
 
 
 def answered(split: Split) -> Texts:
@@ -49,8 +49,7 @@ def idk_nll(
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
 
-    def refuse(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def refuse(out: Out, batch: Batch) -> Tensor:
         return pooled(out.nll, out, batch)
 
-    return tune(model, task, split, refuse, tuning, seed=seed, data=answered(split))
+    return tune(model, task, split, Scored(refuse), tuning, seed=seed, data=answered(split))

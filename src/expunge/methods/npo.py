@@ -22,14 +22,14 @@ Check
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.losses import language as losses
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.remember import sequence_nll
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 @method(paper="arXiv:2404.05868", tasks=("causal_lm",), needs=("forget",), cost=cost(once=1), toy={"lr": 1e-3, "epochs": 10}, forgets=("records",))
@@ -39,7 +39,7 @@ def npo(
     """See the module's docstring."""
     reference = sequence_nll(model, task, split.forget)
 
-    def forget(batch):
-        return losses.npo(task.forward(model, batch), reference[batch["i"]], beta=beta, reduction=reduction).mean()
+    def forget(out: Out, batch: Batch) -> Tensor:
+        return losses.npo(out, reference[batch["i"]], beta=beta, reduction=reduction).mean()
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

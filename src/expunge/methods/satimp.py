@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from expunge.losses.language import per_sequence, pooled, probability
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Out, Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 def reweighted(out: Out, *, b1: float, b2: float) -> Tensor:
@@ -43,8 +43,7 @@ def satimp(
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
 
-    def forget(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def forget(out: Out, batch: Batch) -> Tensor:
         return pooled(reweighted(out, b1=b1, b2=b2), out, batch)
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

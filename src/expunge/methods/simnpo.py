@@ -23,13 +23,13 @@ Check
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.losses import language as losses
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 @method(paper="arXiv:2410.07163", tasks=("causal_lm",), needs=("forget",), cost=cost(), toy={"lr": 1e-3, "epochs": 10, "gamma": 1.0}, forgets=("records",))
@@ -38,7 +38,7 @@ def simnpo(
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
 
-    def forget(batch):
-        return losses.simnpo(task.forward(model, batch), beta=beta, delta=delta).mean()
+    def forget(out: Out, batch: Batch) -> Tensor:
+        return losses.simnpo(out, beta=beta, delta=delta).mean()
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

@@ -25,8 +25,8 @@ from expunge.losses.language import per_sequence, place, pooled, probability
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.remember import token_logp
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Out, Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 def weights(p: Tensor, reference: Tensor, *, b: float, weighted: bool = False) -> Tensor:
@@ -48,8 +48,7 @@ def tnpo(
     """See the module's docstring."""
     reference = token_logp(model, task, split.forget)
 
-    def forget(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def forget(out: Out, batch: Batch) -> Tensor:
         return pooled(token_npo(out, place(reference, batch, out).exp(), b=b, weighted=weighted), out, batch)
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

@@ -33,8 +33,8 @@ from expunge.losses.language import kept, per_sequence, place
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.remember import token_logp, top_logits
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Out, Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 def adjusted(index: Tensor, logp: Tensor, y: Tensor, logp_y: Tensor, *, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,10 +70,9 @@ def undial(
     teacher = top_logits(model, task, split.forget, tuning.top)
     true = token_logp(model, task, split.forget)
 
-    def forget(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def forget(out: Out, batch: Batch) -> Tensor:
         index, logp = teacher.at(batch, out)
         y = out.labels.masked_fill(~kept(out), 0)
         return distil(out, *adjusted(index, logp, y, place(true, batch, out), beta=beta)).mean()
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

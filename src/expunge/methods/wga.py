@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from expunge.losses.language import per_sequence, pooled, probability
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.tuning import Tuning, cost, tune
-from expunge.types import Out, Split, Task
+from expunge.tuning import Scored, Tuning, cost, tune
+from expunge.types import Batch, Out, Split, Task
 
 
 def weighted(out: Out, *, beta: float) -> Tensor:
@@ -39,8 +39,7 @@ def weighted(out: Out, *, beta: float) -> Tensor:
 def wga(model: nn.Module, task: Task, split: Split, *, beta: float = 1.0, tuning: Tuning = Tuning(), seed: int = 0) -> Patch:
     """See the module's docstring."""
 
-    def forget(batch) -> Tensor:
-        out = task.forward(model, batch)
+    def forget(out: Out, batch: Batch) -> Tensor:
         return pooled(weighted(out, beta=beta), out, batch)
 
-    return tune(model, task, split, forget, tuning, seed=seed)
+    return tune(model, task, split, Scored(forget), tuning, seed=seed)

@@ -171,6 +171,12 @@ def padded(batch: Batch, extra: int, token: int = 0) -> Batch:
     return {**batch, "x": x, "y": y}
 
 
+def parted(out: Out, sizes: Sequence[int]) -> list[Out]:
+    """The pass of a batch as the passes of its rows' groups, `sizes` rows each."""
+    pieces = [t.split(list(sizes)) for t in (out.nll, out.count, out.logits, out.labels, out.units)]
+    return [Out(nll, count, logits, labels, units) for nll, count, logits, labels, units in zip(*pieces, strict=True)]
+
+
 def with_targets(data: Texts, targets: Sequence[Tensor]) -> Texts:
     """The same texts with other target masks."""
     return replace(data, targets=tuple(targets))
