@@ -13,7 +13,7 @@ Contract (held by tests/test_wall.py for every optimiser):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -188,3 +188,17 @@ class Bound(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional_call(self.inner[0], self.tensors, (x,))
+
+
+@contextlib.contextmanager
+def remembering(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """These tensors among the model's buffers inside, so that the checkpoints of an open session hold them, and its patch does not: what a method knows
+    between two steps besides weights. Write to them in place."""
+    try:
+        for name, tensor in tensors.items():
+            model.register_buffer(name, tensor, persistent=False)
+        yield
+    finally:
+        for name in tensors:
+            model._buffers.pop(name, None)
+            model._non_persistent_buffers_set.discard(name)

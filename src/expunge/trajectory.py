@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.errors import SettingError
+from expunge.guard import quiet
 from expunge.patch import Patch
 from expunge.remember import recall
 from expunge.scopes import attention
@@ -20,6 +22,9 @@ from expunge.session import edit
 from expunge.tasks.diffusion import draw
 from expunge.types import Batch, Batches, Paired, Pictures, Split, drawn
 from expunge.updates.descend import descend
+
+CHUNK = 512
+"""States asked at once."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,35 @@ def pool(model: nn.Module, task: Any, data: Pictures, n: int, *, guidance: float
 def squared(task: Any, model: nn.Module, batch: Batch, target: Tensor) -> Tensor:
     """(B,) mean over the elements of (e(x_t, t, c) - target)^2, in float32. Check (card esd): e - target = (0.8, -0.8) gives 0.64."""
     return (task.forward(model, batch).pred - target).square().flatten(1).mean(1)
+
+
+def counterparts(asked: Pictures, there: Pictures, instead: Pictures, name: str = "anchor") -> Tensor:
+    """(N, L) tokens of `instead` in the rows where `there` has the prompts of `asked` (N). Raises SettingError if both are not as long."""
+    if len(there) != len(instead):
+        raise SettingError(f"{name} must say row by row what to draw instead: it has {len(instead)} rows, and there are {len(there)} to answer")
+    rows = {row.numpy().tobytes(): k for k, row in enumerate(there.tokens)}
+    return instead.tokens[[rows[row.numpy().tobytes()] for row in asked.tokens]]
+
+
+def upto(states: Pool, latest: float) -> Pool:
+    """The states at noise times of at most the share `latest`. Raises SettingError when there is none."""
+    mine = states.t <= 1000 * latest
+    if not bool(mine.any()):
+        raise SettingError(f"no state of the trajectories lies at {latest:g} of the noise time or below: raise latest or path")
+    return Pool(*(getattr(states, n)[mine] for n in ("xt", "t", "i", "cond", "null")))
+
+
+def under(model: nn.Module, task: Any, states: Pool, tokens: Tensor) -> Tensor:
+    """(M, C, H, W) the frozen model's predictions at the pool's states under other prompts: tokens (N, L) by trajectory."""
+    with quiet(model):
+        parts = torch.arange(len(states)).split(CHUNK)
+        found = [task.forward(model, {"xt": states.xt[k], "t": states.t[k], "y": tokens[states.i[k]], "i": k}).pred.cpu() for k in parts]
+    return torch.cat(found)
+
+
+def kept_times(s: Any) -> int:
+    """States of a trajectory that `upto` leaves, as a method's cost has it (those of a flow)."""
+    return max(1, sum(1 - k / s["path"] <= s["latest"] for k in range(s["path"])))
 
 
 def follow(

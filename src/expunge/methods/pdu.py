@@ -34,7 +34,7 @@ from expunge.errors import SettingError
 from expunge.losses.language import kept, per_sequence, pooled
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.session import Session
+from expunge.session import Session, remembering
 from expunge.tuning import Tuning, cost, opened, tune
 from expunge.types import Out, Split, Task
 
@@ -54,15 +54,10 @@ def moved(dual: float, ce: float, *, eta: float, eps: float) -> float:
 
 
 @contextlib.contextmanager
-def remembering(model: nn.Module, tuning: Tuning, state: Tensor) -> Iterator[Session]:
-    """The session that the settings ask for, with `state` among the model's buffers while it is open, so that checkpoints hold it."""
-    try:
-        with opened(model, tuning) as e:
-            model.register_buffer(NAME, state, persistent=False)
-            yield e
-    finally:
-        model._buffers.pop(NAME, None)
-        model._non_persistent_buffers_set.discard(NAME)
+def holding(model: nn.Module, tuning: Tuning, state: Tensor) -> Iterator[Session]:
+    """The session that the settings ask for, whose checkpoints hold `state`."""
+    with opened(model, tuning) as e, remembering(model, {NAME: state}):
+        yield e
 
 
 @method(
@@ -99,4 +94,4 @@ def pdu(
             state[0] = moved(float(state[0]), float(state[1] / state[2]), eta=eta, eps=eps)
         state[1:] = 0
 
-    return tune(model, task, split, forget, tuning, seed=seed, keep=keep, after=after, session=remembering(model, tuning, state))
+    return tune(model, task, split, forget, tuning, seed=seed, keep=keep, after=after, session=holding(model, tuning, state))

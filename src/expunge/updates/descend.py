@@ -15,9 +15,10 @@ from torch import Tensor
 from expunge import guard
 from expunge.errors import SettingError
 from expunge.session import Session
+from expunge.updates.combine import Combine, pulls
 
-Loss = Callable[[Any], Tensor]
-"""One batch (or tuple of batches) -> one number."""
+Loss = Callable[[Any], Any]
+"""One batch (or tuple of batches) -> one number; with `combine`, a tuple of them."""
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
@@ -49,6 +50,7 @@ def alternate(
     decay: Callable[[int], float] | None = None,
     after: Callable[[int], None] | None = None,
     until: Callable[[int], bool] | None = None,
+    combine: Combine | None = None,
 ) -> list[float]:
     """Run the phases one after another, one gradient step per batch, and return the loss of every step.
 
@@ -60,6 +62,8 @@ def alternate(
     clip        largest gradient norm over the scope
     after       called as after(step) once a step is taken: proximal steps, projections
     until       called as until(step) once a step is taken: True ends the loop there
+    combine     for a loss that gives a tuple of K numbers: the step follows combine(their K gradients), as `combine.rule` makes it, in place of the
+                gradient of their sum; what is reported is the sum
 
     Gradients outside the scope are zero before clipping; a loss that is not finite raises Diverged before any step is taken. Under a
     guard with a journal, a killed run resumes at its last checkpoint with the same optimiser state and RNG.
@@ -84,12 +88,19 @@ def alternate(
         batch = batches[k]
         clear(params)
         losses.append(0.0)
+        found: list[list[Tensor]] = []
         for part in batch if isinstance(batch, list) else [batch]:
-            value = loss(part)
-            losses[-1] += float(value.detach())
+            values = (loss(part),) if combine is None else loss(part)
+            losses[-1] += sum(float(v.detach()) for v in values)
             watch.check_loss(losses[-1], step, lr)
-            if value.requires_grad:
-                value.backward()
+            if combine is None and values[0].requires_grad:
+                values[0].backward()
+            elif combine is not None and any(v.requires_grad for v in values):
+                more = pulls(values, params, list(session.masks.values()))
+                found = [[a + b for a, b in zip(*both, strict=True)] for both in zip(found, more, strict=True)] if found else more
+        if combine is not None and found:
+            for p, g in zip(params, combine(found), strict=True):
+                p.grad = g
         session.mask_gradients()
         if not watch.meter.gradient:
             watch.meter.gradient = any(p.grad is not None and bool(p.grad.any()) for p in params)

@@ -16,7 +16,7 @@ Check (card uce)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,21 @@ class Ridge:
         for (c, w), v in zip(self.groups, values, strict=True):
             A = A + w * v.double().T @ c
         return torch.cholesky_solve(A.T, self.factor).T.to(weight.dtype)
+
+
+def redirect(weights: Iterable[Tensor], pairs: Sequence[tuple[Tensor, Tensor, float]], lam: float) -> None:
+    """Writes W' (O, I) over each W: W' makes of inputs c (N, I) what W made of g (N, I), for pairs (c, g, weight); a pair (r, r, weight) preserves.
+
+    >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> redirect([W], [(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 1.0)], lam=0.5)
+    >>> W.round(decimals=4)
+    tensor([[1.6667, 2.0000],
+            [3.6667, 4.0000]])
+    """
+    ridge = Ridge([(c, w) for c, _, w in pairs], lam)
+    with torch.no_grad():
+        for W in weights:
+            W.copy_(ridge.edit(W, [g.double() @ W.double().T for _, g, _ in pairs]))
 
 
 def residual(weight: Tensor, c: Tensor, v: Tensor) -> float:
