@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from expunge import tiny, tiny_diffusion
+from expunge import tiny, tiny_diffusion, tiny_gan
 from expunge.bench import language
 from expunge.bench.worlds import World, world
 from expunge.data import authors, text
@@ -105,7 +105,78 @@ def digit_painter() -> tuple[nn.Module, Task, Split]:
     return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("object")
 
 
-OTHERS: dict[str, tuple[Callable, Callable]] = {"diffusion": (small_pictures, digit_painter)}
+@functools.lru_cache
+def small_gan() -> tuple[nn.Module, Task, Split]:
+    """A few digits of each part, and an untrained GAN of few channels."""
+    w = world("gan-digits")
+    split = w.split("class")
+    cut = {name: getattr(split, name).take(range(n)) for name, n in {"forget": 16, "retain": 48, "test": 16, "validation": 16}.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = tiny_gan.gan_model(width=8, classes=10)
+    return model.eval(), w.task, replace(split, **cut)
+
+
+@functools.lru_cache
+def digit_forger() -> tuple[nn.Module, Task, Split]:
+    """A GAN that draws digits, roughly: trained for some ten seconds."""
+    w = world("gan-digits")
+    w = replace(w, recipe={**w.recipe, "epochs": 15, "lr": 2e-3}, build=functools.partial(tiny_gan.gan_model, width=16, classes=10))
+    return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("class")
+
+
+@functools.lru_cache
+def small_clip() -> tuple[nn.Module, Task, Split]:
+    """A few digits with captions, and an untrained dual encoder of width 16."""
+    w = world("clip-digits")
+    split = w.split("object")
+    cut = {name: getattr(split, name).take(range(n)) for name, n in {"forget": 16, "anchor": 16, "retain": 48, "validation": 32, "test": 32}.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = w.build(width=16, depth=1, space=8)  # pyright: ignore[reportCallIssue]
+    return model.eval(), w.task, replace(split, **cut)
+
+
+@functools.lru_cache
+def digit_matcher() -> tuple[nn.Module, Task, Split]:
+    """A dual encoder that names digits: trained for some four seconds."""
+    w = world("clip-digits")
+    w = replace(w, recipe={**w.recipe, "epochs": 12}, build=functools.partial(w.build, width=32, depth=1))
+    return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("object")
+
+
+@functools.lru_cache
+def small_restorer() -> tuple[nn.Module, Task, Split]:
+    """A few digits with holes, and an untrained encoder-decoder."""
+    w = holes()
+    split = w.split("class")
+    cut = {name: getattr(split, name).take(range(n)) for name, n in {"forget": 16, "retain": 64, "test": 64, "validation": 32}.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = w.build()
+    return model.eval(), w.task, replace(split, **cut)
+
+
+@functools.lru_cache
+def digit_restorer() -> tuple[nn.Module, Task, Split]:
+    """An encoder-decoder that fills holes in digits: trained for some four seconds; of what stays, 300 records are at hand."""
+    w = holes()
+    w, split = replace(w, recipe={**w.recipe, "epochs": 6, "lr": 5e-3}), w.split("class")
+    return once(w, "original", lambda cache: w.original(0, cache)), w.task, replace(split, retain=split.retain.take(range(300)))
+
+
+@functools.lru_cache
+def holes() -> World:
+    """The world of both, whose judge is trained once."""
+    return world("inpaint-digits")
+
+
+OTHERS: dict[str, tuple[Callable, Callable]] = {
+    "diffusion": (small_pictures, digit_painter),
+    "gan": (small_gan, digit_forger),
+    "contrastive": (small_clip, digit_matcher),
+    "image_to_image": (small_restorer, digit_restorer),
+}
 """Task -> its untrained model with few records, and its trained one."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,11 +172,24 @@ class UNet(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """A `unet` and a `text_encoder`, which only tasks call."""
+    """A `unet` and a `text_encoder`, which only tasks call.
+
+    one_step    () the time at which it draws in one step, 0 for a model that draws in many; weights written before there was such a place read as 0
+    """
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        self.register_buffer("one_step", torch.zeros((), dtype=torch.long))
+        self.register_load_state_dict_pre_hook(_many)
+
+    def reset_parameters(self) -> None:
+        """Draw in many steps."""
+        self.get_buffer("one_step").zero_()
+
+
+def _many(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    state.setdefault(f"{prefix}one_step", torch.zeros((), dtype=torch.long))
 
 
 def diffusion_model(vocabulary: int, *, channels: int = 1, widths: Sequence[int] = (16, 32, 64), context: int = 32, length: int = 8) -> Diffusion:

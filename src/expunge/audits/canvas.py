@@ -124,53 +124,83 @@ def drawings(data: Pictures, fields: Sequence[str], n: int) -> Pictures:
     return replace(unique.take(index), x=None, ids=torch.arange(len(index)))
 
 
+def renamed(split: Any, domain: str, concept: str) -> list[int]:
+    """Positions in test of prompts for the concept that forget does not hold."""
+    given = {t.numpy().tobytes() for t in split.forget.tokens}
+    rows = enumerate(() if split.test is None else split.test.rows)
+    return [k for k, row in rows if row.get(domain) == concept and split.test.tokens[k].numpy().tobytes() not in given]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the checks of drawings draw, and for what request.
+
+    fields     the judge's domains                              domain, concept    what is erased
+    prompts    those of the erased concept, then the others     held               the concept's prompts in test that forget lacks, or None
+    gone       (N,) bool: which prompts name the concept
+    """
+
+    judge: Judge
+    fields: tuple[str, ...]
+    domain: str
+    concept: str
+    prompts: Pictures
+    held: Pictures | None
+    gone: Tensor
+
+    def drawn(self, p: Probe, model: nn.Module) -> Tensor:
+        """(N, C, H, W) the drawings of the prompts, made once for all checks."""
+        return draw_once(p, model, "canvas", self.prompts)
+
+    def drawn_held(self, p: Probe, model: nn.Module) -> Tensor:
+        """(M, C, H, W) those of the test prompts."""
+        return draw_once(p, model, "alias", self.held) if self.held is not None else torch.zeros(0)
+
+
+def asked(p: Probe) -> Asked | None:
+    """What is drawn for the request; None without a judge. Raises SettingError where it erases not exactly one concept."""
+    task: Any = p.task
+    if task.judge is None:
+        return None
+    judge = task.judge()
+    fields = tuple(judge.names)
+    domain, concept = target(p.split, fields)
+    both = concat(drawings(p.split.forget, fields, GONE), drawings(p.split.retain, fields, KEPT))
+    index = renamed(p.split, domain, concept)
+    held = drawings(p.split.test.take(index), fields, GONE) if index else None
+    gone = torch.tensor([row[domain] == concept for row in both.rows])
+    return Asked(judge, fields, domain, concept, replace(both, ids=torch.arange(len(both))), held, gone)
+
+
 @check(tasks=("diffusion",), needs=("forget", "retain"))
 def canvas(p: Probe) -> list[Row]:
     """canvas.ua, .ira, .cra with Wilson bounds, and canvas.ira_drop, .cra_drop against the model before on the same noise; canvas.alias: share of
     drawings under the erased concept's other names and wordings (test) that still show it; canvas.distance of retained drawings, and that before.
     """
-    task: Any = p.task
-    if task.judge is None:
+    q = asked(p)
+    if q is None:
         return []
-    judge = task.judge()
-    domain, concept = target(p.split, list(judge.names))
-    fields = list(judge.names)
-    asked = concat(drawings(p.split.forget, fields, GONE), drawings(p.split.retain, fields, KEPT))
-    asked = replace(asked, ids=torch.arange(len(asked)))
-    shown = {name: draw_once(p, model, "canvas", asked) for name, model in (("before", p.before), ("after", p.after))}
-    said = {name: {d: judge.says(x, d) for d in fields} for name, x in shown.items()}
-    found = rates(asked.rows, said["after"], domain, concept)
-    sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in judge.right.items())
+    shown = {name: q.drawn(p, model) for name, model in (("before", p.before), ("after", p.after))}
+    said = {name: {d: q.judge.says(x, d) for d in q.fields} for name, x in shown.items()}
+    found = rates(q.prompts.rows, said["after"], q.domain, q.concept)
+    sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in q.judge.right.items())
     rows = [Row(f"canvas.{k}", *wilson(*v), v[1], f"judge right on held-out images: {sure}") for k, v in found.items()]
-    before, after = (named_rightly(asked.rows, said[name]) for name in ("before", "after"))
-    lost = {d: before[d].float() - after[d].float() for d in fields}
-    stays = torch.tensor([row[domain] != concept for row in asked.rows])
-    rows.append(paired("canvas.ira_drop", lost[domain][stays], "against the model before, on the same noise"))
-    if others := [lost[d] for d in fields if d != domain]:
+    before, after = (named_rightly(q.prompts.rows, said[name]) for name in ("before", "after"))
+    lost, stays = {d: before[d].float() - after[d].float() for d in q.fields}, ~q.gone
+    rows.append(paired("canvas.ira_drop", lost[q.domain][stays], "against the model before, on the same noise"))
+    if others := [lost[d] for d in q.fields if d != q.domain]:
         rows.append(paired("canvas.cra_drop", torch.cat(others), "against the model before, on the same noise"))
-    rows += aliases(p, judge, domain, concept)
+    if q.held is not None:
+        for name, model in (("canvas.alias", p.after), ("canvas.alias_before", p.before)):
+            words = q.judge.says(q.drawn_held(p, model), q.domain)
+            rows.append(Row(name, *wilson(words.count(q.concept), len(words)), len(words), "prompts that no method was given"))
     real = p.split.retain.x
     if real is not None:
-        base = judge.features(real, domain)
-        distances = {name: frechet(judge.features(x[stays], domain), base) for name, x in shown.items()}
-        rows += [
-            Row(name, v, v, v, int(stays.sum()), f"{int(stays.sum())} drawings, {len(base)} images, features of the {domain} judge")
-            for name, v in (("canvas.distance", distances["after"]), ("canvas.distance_before", distances["before"]))
-        ]
-    return rows
-
-
-def aliases(p: Probe, judge: Judge, domain: str, concept: str) -> list[Row]:
-    """canvas.alias and canvas.alias_before over drawings of the test prompts of the concept."""
-    test = p.split.test
-    index = [] if test is None else [k for k, row in enumerate(test.rows) if row.get(domain) == concept]
-    if not index:
-        return []
-    asked = drawings(test.take(index), list(judge.names), GONE)
-    rows = []
-    for name, model in (("canvas.alias", p.after), ("canvas.alias_before", p.before)):
-        said = judge.says(draw_once(p, model, "alias", asked), domain)
-        rows.append(Row(name, *wilson(said.count(concept), len(said)), len(said), "prompts that no method was given"))
+        base = q.judge.features(real, q.domain)
+        note = f"{int(stays.sum())} drawings, {len(base)} images, features of the {q.domain} judge"
+        for name, which in (("canvas.distance", "after"), ("canvas.distance_before", "before")):
+            value = frechet(q.judge.features(shown[which][stays], q.domain), base)
+            rows.append(Row(name, value, value, value, int(stays.sum()), note))
     return rows
 
 

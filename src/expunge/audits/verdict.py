@@ -8,17 +8,20 @@ from the references must pass. A rule that fails its self-test is `unusable`: it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from expunge.audits.canvas import renamed, target
 from expunge.audits.core import Probe, Row, audit, gate
 from expunge.registry import CHECKS
 from expunge.training import fresh
-from expunge.types import Pictures
 
 UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test",
-           "wording.retain.", "wording.test.", "wording.forget.broken", "canvas.ira", "canvas.cra")  # fmt: skip
+           "wording.retain.", "wording.test.", "wording.forget.broken", "canvas.ira", "canvas.cra", "redirection.shift",
+           "zero_shot.retain", "zero_shot.test", "gan.rarest", "gan.distance", "reconstruction.lost.retain", "reconstruction.lost.test", "reconstruction.worst",
+           "oracle_gap.psnr.retain", "oracle_gap.psnr.test", "hub.quality", "hub.alignment", "hub.selective", "hub.pinpoint", "hub.worst", "hub.drift",
+           "coverage.")  # fmt: skip
 """Prefixes of rows that measure what must stay; every other ruled row measures what must go."""
 
 SPEAKS = {"retain": {"wording.retain.lost": "<= 0.1"}, "test": {"wording.test.broken": "<= 0.25"}, "forget": {"wording.forget.broken": "<= 0.5"}}
@@ -45,10 +48,8 @@ def default_rules(p: Probe) -> dict[str, str]:
     Chosen from the power tables (docs/how-to-read-the-evidence.md). KLOM refuses answers that are unlike a retrained model's, in either
     direction; relearning refuses a suppression whose answers look right: both are needed for a class, KLOM alone for records.
     """
-    if p.task.name == "causal_lm":
-        return _texts(p)
-    if isinstance(p.split.forget, Pictures):
-        return _pictures(p)
+    if p.task.name in OWN:
+        return OWN[p.task.name](p)
     if p.task.name == "regression":
         goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
         return {**goes, "drop.test": "<= 0.15"}
@@ -62,11 +63,38 @@ def default_rules(p: Probe) -> dict[str, str]:
 
 
 def _pictures(p: Probe) -> dict[str, str]:
-    """The concept is drawn no more, under its own and (where test has any) under other names, and at most one in twenty of the others is lost."""
+    """The concept is drawn no more, under its own and (where test has any) under other names, and at most one in twenty of the others is lost. Without a
+    judge: at most a quarter of what told the concept from its anchor is left, and retained prompts moved by at most a tenth."""
     task: Any = p.task
-    other = {} if task.judge is None or len(task.judge().names) < 2 else {"canvas.cra_drop": "<= 0.05"}
-    alias = {} if p.split.test is None else {"canvas.alias": "<= 0.2"}
+    if task.judge is None:
+        return {"redirection.left": "<= 0.25", **({} if p.split.retain is None else {"redirection.shift": "<= 0.1"})}
+    domains = list(task.judge().names)
+    other = {} if len(domains) < 2 else {"canvas.cra_drop": "<= 0.05"}
+    alias = {"canvas.alias": "<= 0.2"} if renamed(p.split, *target(p.split, domains)) else {}
     return {"canvas.ua": ">= 0.9", **alias, "canvas.ira_drop": "<= 0.05", **other}
+
+
+def _matched(p: Probe) -> dict[str, str]:
+    """Images of the class are matched to it no more, under its own words and (where the task has any) others, and at most one in twenty of the rest is lost."""
+    parts, task = p.split.parts(), p.task
+    others = {"zero_shot.forget_other": "<= 0.2"} if "other" in getattr(task, "others", {}) else {}
+    return {"zero_shot.forget": "<= 0.1", **others, **{f"zero_shot.{part}_drop": "<= 0.05" for part in ("retain", "test") if part in parts}}
+
+
+def _drawn(p: Probe) -> dict[str, str]:
+    """At most 3 % of a GAN's drawings show the class, and each other one is still drawn."""
+    return {"gan.erased": "<= 0.03", "gan.rarest": ">= 0.03"}
+
+
+def _restored(p: Probe) -> dict[str, str]:
+    """With retrained models: the gap to them closed on forget, in neither direction too far. Without: two decibels lost. At most half a decibel elsewhere."""
+    task: Any = p.task
+    kept = [part for part in ("retain", "test") if part in p.split.parts()]
+    if p.references:
+        seen = {} if task.judge is None else {"oracle_gap.recognised.forget": "<= 0.15"}
+        return {"oracle_gap.closed": "0.7..1.3", **seen, **{f"oracle_gap.psnr.{part}": ">= -0.5" for part in kept}}
+    seen = {} if task.judge is None else {"reconstruction.recognised.forget": "<= 0.5"}
+    return {"reconstruction.lost.forget": ">= 2", **seen, **{f"reconstruction.lost.{part}": "<= 0.5" for part in kept}}
 
 
 def _texts(p: Probe) -> dict[str, str]:
@@ -79,6 +107,12 @@ def _texts(p: Probe) -> dict[str, str]:
         return {"tofu.d_over_critical": "<= 1", **keep}
     goes = {"membership.loss_auc": "0.3..0.7"} if "test" in parts else {"memorised.extraction_strength.forget": "<= 0.2"}
     return {**goes, **keep, **next(rule for part, rule in SPEAKS.items() if part in parts)}
+
+
+OWN: dict[str, Callable[[Probe], dict[str, str]]] = {
+    "causal_lm": _texts, "diffusion": _pictures, "contrastive": _matched, "gan": _drawn, "image_to_image": _restored,
+}  # fmt: skip
+"""Task -> its rules."""
 
 
 def _records(p: Probe) -> dict[str, str]:

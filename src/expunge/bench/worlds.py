@@ -9,6 +9,10 @@
     world("tofu")        all of TOFU and a checkpoint of one's own: EXPUNGE_TOFU names its folder, EXPUNGE_TOFU_RETAINED the folders of gold models
     world("text2digit")  digits drawn by name (8 x 8): always there; "text2digit-mnist" at 16 x 16: reads EXPUNGE_DATA/vision/mnist
     world("shapes")      6 objects x 6 styles, drawn here: always there
+    world("clip-digits") digits and their captions in one space (CLIP): always there
+    world("ddpm-digits") digits drawn by class, without sentences, as a class-conditional DDPM (8 x 8): always there
+    world("gan-digits")  digits drawn by a GAN (8 x 8): always there
+    world("inpaint-digits"), world("mri-digits")    digits with a hole, and digits and shapes with part of their spectrum, to complete: always there
     world("digits-wrong"), world("mnist-wrong")    the same with 5 % wrong labels, which is what must go: a model knows them by heart alone
 
 A split is drawn once per scenario, from a fixed seed, and is the same for every model seed: forget + retain are exactly the records the
@@ -257,7 +261,11 @@ def _from(module: str, name: str) -> World:
 
 
 PICTURES = tuple(f"{name}{kind}" for name in ("text2digit", "text2digit-mnist", "shapes") for kind in ("", "-epsilon", "-v"))
-ELSEWHERE = {"language": ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"), "pictures": PICTURES}
+ELSEWHERE = {
+    "language": ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
+    "pictures": PICTURES, "ddpm": ("ddpm-digits",), "clips": ("clip-digits",), "gans": ("gan-digits",),
+    "inpainting": ("inpaint-digits", "mri-digits"),
+}  # fmt: skip
 """Module of `expunge.bench` -> worlds that its `world(name)` builds."""
 WORLDS: dict[str, Callable[[], World]] = {"digits": _digits, "diabetes": _diabetes, "mnist": _mnist, "cifar10": _cifar10}
 WORLDS |= {name: functools.partial(_from, module, name) for module, names in ELSEWHERE.items() for name in names}

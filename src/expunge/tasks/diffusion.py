@@ -7,6 +7,7 @@
 
 Times and noise are drawn in `collate`, so before and after see the same; without a generator they follow from the record's place in the data.
 A model is a module with a `unet`(x_t, t, encoder_hidden_states) and a `text_encoder`(tokens), as a pipeline of diffusers has them.
+A model with a buffer `one_step` above 0 is a generator that draws in one step, from b(t) n at that time t; its nll says nothing at other times.
 A batch may hold `xt` (B, C, H, W) in place of `x` and `noise` (states of a trajectory: there is nothing to score, Out has the prediction alone), and
 `states` (B, L, D) in place of the tokens `y` (embeddings that no prompt has).
 """
@@ -155,12 +156,58 @@ def collate(schedule: Schedule, null: Tensor | None, drop: float, data: Pictures
 
 
 def states(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(B, L, D) what the text encoder makes of tokens (B, L)."""
-    encoder: Any = getattr(model, "text_encoder", None)
+    """(B, L, D) what the text encoder makes of tokens (B, L); a model with several has an `encode` of its own, which may put `extra` rows behind the words'."""
+    encoder: Any = getattr(model, "encode", None) or getattr(model, "text_encoder", None)
     if encoder is None:
         raise ModelError(f"{type(model).__name__} has no text_encoder")
     found = encoder(tokens.to(device_of(model)))
     return found if isinstance(found, Tensor) else found.last_hidden_state
+
+
+def read(model: nn.Module, found: Tensor) -> Tensor:
+    """(B, L, ...) of states, or of marks on tokens: the places that cross-attention reads, without those a model puts behind them."""
+    extra = int(getattr(model, "extra", 0))
+    return found[:, : found.shape[1] - extra]
+
+
+def word_table(model: nn.Module) -> nn.Embedding:
+    """The text encoder's word embeddings (V, D). Raises ModelError when it has no such table."""
+    encoder: Any = getattr(model, "text_encoder", None)
+    found = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else getattr(encoder, "embedding", None)
+    if not isinstance(found, nn.Embedding):
+        raise ModelError(f"{type(encoder or model).__name__} has no table of word embeddings: prompts cannot be attacked")
+    return found
+
+
+def roomy(tokens: Tensor, k: int) -> Tensor:
+    """(B,) bool: prompts (B, L) in which k words more fit, with one place of padding left.
+
+    >>> roomy(torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0]]), 2)
+    tensor([False,  True])
+    """
+    return (tokens[:, -1 - k :] == tokens[:, -1:]).all(1) if k < tokens.shape[1] else torch.zeros(len(tokens), dtype=torch.bool)
+
+
+def embedded_states(model: nn.Module, tokens: Tensor, extra: Tensor) -> Tensor:
+    """(B, L, D) states of prompts (B, L) with free word embeddings (k, W) or (B, k, W) before their words, in place of the last k of padding.
+
+    They stand after the start token where there is one. Raises SettingError where they do not fit.
+    """
+    table, encoder, k = word_table(model), getattr(model, "text_encoder", None), extra.shape[-2]
+    if not bool(roomy(tokens, k).all()):
+        raise SettingError(f"{k} words more do not fit into every prompt of {tokens.shape[1]} places")
+    tokens = tokens.to(device_of(model))
+    start = getattr(getattr(encoder, "config", None), "bos_token_id", None)
+    first = int(start is not None and bool((tokens[:, 0] == start).all()))
+    x = table(tokens)
+    x = torch.cat([x[:, :first], extra.to(x).expand(len(x), -1, -1), x[:, first : x.shape[1] - k]], 1)
+    if hasattr(encoder, "embedded"):
+        return encoder.embedded(x)  # pyright: ignore[reportOptionalMemberAccess]
+    hook = table.register_forward_hook(lambda *_: x)  # CLIPTextModel takes tokens alone: its table gives these embeddings for this one call
+    try:
+        return states(model, tokens)
+    finally:
+        hook.remove()
 
 
 def predict(model: nn.Module, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -169,6 +216,8 @@ def predict(model: nn.Module, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
     if unet is None:
         raise ModelError(f"{type(model).__name__} has no unet")
     device, kind = device_of(model), float_of(model)
+    if hasattr(model, "denoise"):
+        return model.denoise(xt.to(device, kind), t.to(device), context)  # pyright: ignore[reportCallIssue]
     found = unet(xt.to(device, kind), t.to(device), encoder_hidden_states=context)
     return found if isinstance(found, Tensor) else found.sample
 
@@ -188,6 +237,11 @@ def _forward(schedule: Schedule, model: nn.Module, batch: Batch) -> Out:
     return Out(nll=nll, count=torch.ones_like(nll), pred=pred, target=target)
 
 
+def jump(model: nn.Module) -> int:
+    """Time at which a one-step generator draws (its buffer `one_step`), 0 for a model that draws in many steps."""
+    return int(getattr(model, "one_step", 0))
+
+
 def features(model: nn.Module, batch: Batch, layer: str = "") -> Tensor:
     """(B, D) state of the prompt: the mean over its tokens."""
     return states(model, batch["y"]).mean(1)
@@ -198,24 +252,30 @@ def draw(
     watch: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """(N, C, H, W) images for the prompts of `data`, deterministic (DDIM, eta 0; for flow this is Euler's method), without gradients.
+    A one-step generator (`jump`) draws in its one step from the same noise, whatever `steps` and `guidance` say.
 
     guidance   pred = null + guidance (cond - null); 1 needs one pass per step
     seed       record k starts from the noise of (seed, its id), whatever stands beside it and whichever model draws
     context    (N, L, D) states in place of the prompts
     watch      called at each step as watch(positions, x_t, t, cond, null): trajectories
     """
+    start = jump(model)
+    if start:
+        guidance, steps = 1.0, 1
     if guidance != 1 and task.null is None:
         raise SettingError("guidance needs the tokens of the empty prompt")
     shape = tuple(data.x.shape[1:]) if data.x is not None else task.shape
     if not shape:
         raise SettingError("say what shape is drawn: the prompts have no images")
     schedule, out = task.schedule, []
-    times = schedule.path(steps)
+    times = torch.tensor([float(start)]) if start else schedule.path(steps)
     with quiet(model):
         for rows in torch.arange(len(data)).split(size):
             n = len(rows)
             starts = [torch.Generator().manual_seed((seed * 1_000_003 + int(i)) % (1 << 62)) for i in data.ids[rows].tolist()]
             x = torch.stack([torch.randn(shape, generator=g) for g in starts]).to(device_of(model))
+            if start:
+                x = schedule.mix(times.to(x.device))[1] * x
             both = states(model, data.tokens[rows]) if context is None else context[rows]
             if guidance != 1:
                 both = torch.cat([both, states(model, task.null[None]).expand(n, *both.shape[1:])])

@@ -1,4 +1,4 @@
-"""Low-rank layers that a guard switches on row by row: out + w (alpha / r) B A x, with w (B,) from `it.now["weight"]`. Shared by gated and offset."""
+"""Low-rank layers that a guard switches on row by row: out + w (alpha / r) B A x, with w (B,) from `it.now["weight"]`. For gated, offset and permeable."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from expunge.errors import PatchError
 from expunge.patch import Hook, LowRank, Patch
@@ -47,9 +48,10 @@ def check(model: nn.Module, hook: Hook) -> None:
     for name in layers(hook):
         module, up, down = modules.get(name), hook.tensors.get(f"{name}.up"), hook.tensors[f"{name}.down"]
         weight = getattr(module, "weight", None)
-        if up is None or not isinstance(weight, Tensor) or up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
-            raise PatchError(f"guard {hook.name} adapts {name}, which this model does not have as a linear layer: another architecture?")
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+        shaped = isinstance(weight, Tensor) and weight.ndim >= 2
+        if up is None or not shaped or up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise PatchError(f"guard {hook.name} adapts {name}, which this model does not have as a linear layer or convolution: another architecture?")
+        if (up.shape[0], down.shape[1]) != tuple(weight.flatten(1).shape):
             raise PatchError(f"guard {hook.name} holds {name} as {(up.shape[0], down.shape[1])}, this model has {tuple(weight.shape)}: another model?")
 
 
@@ -65,6 +67,18 @@ def adapted(it: Guarded, name: str, module: nn.Module, args: tuple, out: Tensor)
     if w is None or not bool((w != 0).any()):
         return None
     up, down = it.tensor(f"{name}.up", out), it.tensor(f"{name}.down", out)
-    change = float(it.hook.config["scale"]) * ((args[0].to(down.dtype) @ down.T) @ up.T)
+    change = float(it.hook.config["scale"]) * product(module, args[0].to(down.dtype), up, down)
     w = w.to(out.device).repeat_interleave(out.shape[0] // len(w)).view(-1, *[1] * (out.ndim - 1))
     return torch.where(w != 0, out + (w * change).to(out.dtype), out)
+
+
+def product(module: nn.Module, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """B A x as the layer would give it with the weight B A: up (O, r), down (r, I); of a convolution I is that of its weight, flat.
+
+    >>> product(nn.Linear(2, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [-2.0]]), torch.ones(1, 2))
+    tensor([[ 3., -6.]])
+    """
+    if isinstance(module, nn.Conv2d):
+        low = F.conv2d(x, down.view(len(down), *module.weight.shape[1:]), None, module.stride, module.padding, module.dilation)
+        return F.conv2d(low, up[:, :, None, None])
+    return (x @ down.T) @ up.T
