@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge.recipe import TEXT
+from expunge.recipe import IMAGE, TEXT
 
-Retain = Annotated[str, typer.Option(help="Texts: JSONL of what must stay.")]
-Anchor = Annotated[str, typer.Option(help="Texts: the forget questions, row by row, with what to say instead.")]
+Retain = Annotated[str, typer.Option(help="Texts: JSONL of what must stay; pipelines: concepts to keep, a,b,c or @FILE.")]
+Anchor = Annotated[str, typer.Option(help="Texts: the forget questions, row by row, with what to say instead; pipelines: what to draw instead.")]
 General = Annotated[str, typer.Option(help="Texts: what the model knows besides; the audit reads it, no method does.")]
 Template = Annotated[str, typer.Option(help="Texts: auto (chat where the tokenizer has a template), plain, chat, or a text with {question} in it.")]
 Mask = Annotated[str, typer.Option(help="Texts: which tokens are trained and scored: answer+eos, answer, full or entity.")]
@@ -20,12 +20,12 @@ Form = Annotated[str, typer.Option(help="Texts: merged (a model folder), peft (a
 
 
 def check(task: str, form: str, files: dict[str, str]) -> None:
-    """Raises SettingError for an unknown task or form, and for options of texts with another task."""
+    """Raises SettingError for an unknown task or form, and for options of texts and pipelines with another task."""
     from expunge.errors import SettingError
     from expunge.recipe import checked
 
     checked(task, form)
-    if task not in TEXT and (given := [name for name, value in files.items() if value]):
+    if task not in (*TEXT, *IMAGE) and (given := [name for name, value in files.items() if value]):
         raise SettingError(f"--{given[0]} is a file of texts, for --task causal-lm; for a setting of the method write --METHOD.{given[0]} VALUE")
 
 

@@ -24,19 +24,23 @@ from typing import Any
 
 from expunge.errors import RecipeError, SettingError, suggest
 
-TASKS = ("classification", "regression", "causal-lm")
+TASKS = ("classification", "regression", "causal-lm", "diffusion")
 TEXT = ("causal-lm", "causal_lm")
 """How the task of language models may be written."""
+IMAGE = ("diffusion",)
+"""The task of diffusion pipelines."""
 
 OF_TEXTS = ("retain", "anchor", "general", "template", "mask", "max_length", "dtype", "form")
+OF_IMAGES = ("retain", "anchor", "dtype")
 OF_RECORDS = ("train", "weights")
-"""Keys for texts alone, and for all other tasks alone."""
+"""Keys for texts alone, those of them for pipelines, and keys for all other tasks alone."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One run. `validation` is a data spec (texts: a JSONL file), or "share:0.3" to take that share of test.
 
+    Of pipelines, `model` and `references` are folders, forget is the concept, anchor what to draw instead, retain concepts to keep (a,b,c or @FILE).
     Of texts, `model` and `references` are folders, forget, retain, test, validation, anchor and general are JSONL files, and train and weights are empty; see
     `texts.prepare` for template, mask, max_length and dtype, and `checkpoints.release` for form.
     """
@@ -111,11 +115,14 @@ def read(path: Path | str) -> Recipe:
         if not isinstance(value, allowed) or isinstance(value, bool):
             raise RecipeError(f"{key} in {path.name} must be of type {kind}, not {value!r}")
         values[key] = value
-    text = values.get("task") in TEXT
-    if missing := [k for k in ("model", *(() if text else ("train",)), "forget") if k not in values]:
+    text, image = values.get("task") in TEXT, values.get("task") in IMAGE
+    if missing := [k for k in ("model", *(() if text or image else ("train",)), "forget") if k not in values]:
         raise RecipeError(f"{path.name} lacks {', '.join(missing)}")
-    if other := [k for k in (OF_RECORDS if text else OF_TEXTS) if k in values]:
-        raise RecipeError(f"{other[0]} in {path.name} is {'not for task' if text else 'for texts, not for task'} {values.get('task', 'classification')}")
+    wrong = OF_RECORDS if text else [*OF_RECORDS, "test", "validation", *(k for k in OF_TEXTS if k not in OF_IMAGES)] if image else OF_TEXTS
+    if other := [k for k in wrong if k in values]:
+        raise RecipeError(
+            f"{other[0]} in {path.name} is {'not for task' if text or image else 'for texts, not for task'} {values.get('task', 'classification')}"
+        )
     if odd := [m for m, given in values["settings"].items() if not isinstance(given, dict)]:
         raise RecipeError(f"with.{odd[0]} in {path.name} must be a table of settings, not {values['settings'][odd[0]]!r}")
     return Recipe(**{"train": "", **values})
@@ -130,9 +137,16 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
         return models.inside(name, recipe.folder)
 
     checked(recipe.task, recipe.form)
-    out, tokenizer = near(recipe.out), None
+    out, tokenizer, pipeline = near(recipe.out), None, None
     if recipe.task in TEXT:
         model, tokenizer, task, split, references = _texts(recipe, near)
+    elif recipe.task in IMAGE:
+        from expunge import images
+
+        kept = f"@{near(recipe.retain[1:])}" if recipe.retain.startswith("@") else recipe.retain
+        pipeline, split = images.prepare(near(recipe.model), recipe.forget, recipe.anchor, kept, dtype=recipe.dtype)
+        model, task = pipeline.model, pipeline.task
+        references = [images.opened(pipeline, near(r), recipe.dtype) for r in recipe.references]
     else:
         model = models.load(recipe.model, near(recipe.weights) if recipe.weights else None, recipe.folder)
         task, split = prepare(recipe)

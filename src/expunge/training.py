@@ -15,22 +15,37 @@ from expunge.types import Task, device_of, float_of
 from expunge.updates.descend import descend
 
 
+def _configured(model: nn.Module) -> nn.Module | None:
+    """A model of transformers or diffusers made anew from its configuration; None for any other."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not (hasattr(model, "post_init") or hasattr(type(model), "from_config")):
+        return None
+    made: Any = type(model)(copy.deepcopy(config)) if hasattr(model, "post_init") else type(model).from_config(config)  # pyright: ignore
+    if float_of(made) != float_of(model):
+        made = made.to(float_of(model))
+    return made.to(device_of(model)).train(model.training)
+
+
 def fresh(model: nn.Module, seed: int) -> nn.Module:
     """A copy with newly drawn weights and reset buffers, from `seed` alone; the global RNG is left as it was.
 
     Every module that owns parameters or buffers must have `reset_parameters`, as all of PyTorch's layers do; otherwise ModelError. An
-    initialisation that the model's own constructor added on top (kaiming, say) is not repeated. A model of transformers is made anew from its
-    configuration.
+    initialisation that the model's own constructor added on top (kaiming, say) is not repeated. A model of transformers or diffusers, also one inside
+    the model, is made anew from its configuration.
     """
-    if hasattr(model, "config") and hasattr(model, "post_init"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            made: nn.Module = type(model)(copy.deepcopy(model.config))  # pyright: ignore
-        return made.to(device_of(model), float_of(model)).train(model.training)
-    twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if (made := _configured(model)) is not None:
+            return made
+        twin = copy.deepcopy(model)
+        done = []
+        for name, child in model.named_children():
+            if (made := _configured(child)) is not None:
+                setattr(twin, name, made)
+                done.append(f"{name}.")
         for name, module in twin.named_modules():
+            if f"{name}.".startswith(tuple(done)):
+                continue
             if not any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.buffers(recurse=False)):
                 continue
             reset = getattr(module, "reset_parameters", None)

@@ -34,7 +34,7 @@ from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.attention import part
 from expunge.session import edit
-from expunge.tasks.diffusion import emptied, states
+from expunge.tasks.diffusion import emptied, read, states
 from expunge.trajectory import distinct
 from expunge.types import Pictures, Split
 from expunge.updates.ridge import Ridge
@@ -69,7 +69,8 @@ def pairs(model: nn.Module, task: Any, split: Split, which: str) -> tuple[Tensor
     there = edited(anchor.tokens, forget.tokens, which)
     there = torch.where(there.any(1, keepdim=True), there, at) if which == "last" else at
     with quiet(model):
-        return states(model, task.collate(split.forget, rows, None)["y"])[at], states(model, anchor.tokens)[there]
+        c, g = states(model, task.collate(split.forget, rows, None)["y"]), states(model, anchor.tokens)
+        return read(model, c)[read(model, at)], read(model, g)[read(model, there)]
 
 
 def preserved(model: nn.Module, retain: Pictures | None, most: int, seed: int) -> Tensor | None:
@@ -79,7 +80,7 @@ def preserved(model: nn.Module, retain: Pictures | None, most: int, seed: int) -
     data, _ = distinct(retain)
     data = data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:most].sort().values)
     with quiet(model):
-        return states(model, data.tokens).flatten(0, 1)
+        return read(model, states(model, data.tokens)).flatten(0, 1)
 
 
 @method(paper="arXiv:2308.14761", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=lambda n, s: (0, 0), toy={"lam": 0.1})

@@ -1,0 +1,65 @@
+"""The part of the command line that is about folders of diffusion pipelines. Nothing heavy is imported before it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.recipe import IMAGE
+
+Concept = Annotated[str, typer.Option(help="Pipelines: what must go, in words; --anchor says what to draw instead, --retain what to keep (a,b,c or @FILE).")]
+
+
+def is_pipeline(folder: str) -> bool:
+    """Whether a folder holds a pipeline of diffusers."""
+    return (Path(folder) / "model_index.json").is_file()
+
+
+def asked(task: str, forget: str, concept: str, files: dict[str, str]) -> str:
+    """What must go: --concept for pipelines, --forget for all else. Raises SettingError for the other, and for files that pipelines do not take."""
+    from expunge.errors import SettingError
+
+    if task not in IMAGE:
+        if concept:
+            raise SettingError("--concept is for --task diffusion; say --forget")
+        if not forget:
+            raise SettingError("--forget is missing")
+        return forget
+    if forget:
+        raise SettingError("a pipeline forgets a concept: write --concept in place of --forget")
+    if other := [name for name, value in files.items() if value and name not in ("anchor", "retain")]:
+        raise SettingError(f"--{other[0]} is not for --task diffusion")
+    return concept
+
+
+def request(model: str, concept: str, anchor: str, retain: str, reference: list[str] | None, dtype: str) -> tuple[Any, Any, list[Any]]:
+    """Pipeline, split and references."""
+    from expunge import images
+
+    found, split = images.prepare(model, concept, anchor, retain, dtype=dtype)
+    return found, split, [images.opened(found, r, dtype) for r in reference or []]
+
+
+def apply(patch: Any, model: str, out: str, dtype: str, key: bytes | None) -> list[str]:
+    """What was written: the folder with the patch in it, and the inverse patch beside it. Raises ModelError for a patch that changes no weight."""
+    from expunge import pipelines
+    from expunge.errors import ModelError
+    from expunge.patch import Hook
+
+    if any(isinstance(e, Hook) for e in patch.edits):
+        raise ModelError("this patch is an inference-time guard and changes no weight: there is nothing to write; apply it to the model in memory")
+    found = pipelines.load(model, dtype=dtype)
+    inverse = patch.apply(found.model)
+    undo = Path(out).with_name(f"{Path(out).name}.undo.safetensors")
+    return [str(pipelines.save(found, found.model, out)), str(inverse.save(undo, key))]
+
+
+def revert(patch: Any, model: str, out: str) -> list[str]:
+    """What was written: the folder with the weights before."""
+    from expunge import pipelines
+
+    found = pipelines.load(model)
+    patch.apply(found.model)
+    return [str(pipelines.save(found, found.model, out))]
