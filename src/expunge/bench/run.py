@@ -35,6 +35,18 @@ as the autopilot does (`plan.RECIPE`), ended where validation says."""
 CHECKED = ("tofu", "memorised", "membership_text", "drop", "membership", "wording", "bare")
 """Checks of language cells; the others add nothing to the table."""
 
+DRAWN = ("canvas", "prompt_attack")
+"""Checks of cells of diffusion models; with `slow` all of them."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "esd+retain": ("esd", {"alpha": 1.0}),
+    "concept_ablation+retain": ("concept_ablation", {"alpha": 1.0}),
+    "advunlearn+xattn": ("advunlearn", {"part": "xattn"}),
+    "slug+xattn": ("slug", {"part": "xattn"}),
+    "reset_last": TRIVIAL["reset_last"],
+}
+"""Label of a table -> method and settings: variants that are read beside a method's defaults, and the baselines."""
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}},
     "digits-wrong": {"reset_fine_tune": {"epochs": 7.4}},
@@ -133,8 +145,8 @@ def settings(w: World, method: str) -> dict[str, Any]:
 
 
 def resolve(label: str) -> tuple[str, dict[str, Any]]:
-    """Method and settings behind a label of the table: a baseline of `outcome.TRIVIAL`, or a method at its defaults (with SUFFIX too)."""
-    return (TRIVIAL[label][0], TRIVIAL[label][1]) if label == "reset_last" else (label.removesuffix(SUFFIX), {})
+    """Method and settings behind a label of the table: one of VARIANTS, or a method at its defaults (with SUFFIX too)."""
+    return VARIANTS.get(label) or (label.removesuffix(SUFFIX), {})
 
 
 def feasible(w: World, scenario: str, name: str) -> bool:
@@ -174,7 +186,8 @@ def run_cell(
     ran = time.perf_counter() - start
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
     audited = attempt.outcome == "ok" or method == NOTHING
-    names = [n for n in CHECKED if n in CHECKS] if w.task.name == "causal_lm" and not slow else ()
+    brief = () if slow else {"causal_lm": CHECKED, "diffusion": DRAWN}.get(w.task.name, ())
+    names = [n for n in brief if n in CHECKS]
     rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), names, slow=slow) if audited else []
     if after is not original:
         for key in [k for k, (_, model) in scores.items() if model is after]:
