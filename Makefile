@@ -1,4 +1,4 @@
-# make demo, make demo-llm, make test: the environment is made on the first call and again only when pyproject.toml or constraints.txt change.
+# make demo, make demo-llm, make demo-images, make test: the environment is made on the first call and again only when pyproject.toml or constraints.txt change.
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ DOCS_STAMP := $(VENV)/.docs-$(DIGEST)
 export OMP_NUM_THREADS ?= 1
 PY := src tests benchmarks docs/build.py
 
-.PHONY: demo demo-llm test test-slow check format docs docs-write bench wheel clean env
+.PHONY: demo demo-llm demo-images test test-slow check format docs docs-write bench wheel clean env
 
 env: $(STAMP)
 
@@ -32,6 +32,9 @@ demo: $(STAMP)
 
 demo-llm: $(STAMP)
 	$(BIN)/expunge demo-llm
+
+demo-images: $(STAMP)
+	$(BIN)/expunge demo-images
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q
@@ -64,4 +67,4 @@ wheel: $(STAMP)
 	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache expunge-demo expunge-demo-llm bench-out
+	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache expunge-demo expunge-demo-llm expunge-demo-images bench-out

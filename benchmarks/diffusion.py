@@ -102,7 +102,7 @@ def stable_diffusion(retained: int) -> None:
     ours = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert attempt.outcome == "ok" and attempt.patch is not None, attempt.reason
-    mine = {e.name: e.values for e in attempt.patch.edits if isinstance(e, Replace)}
+    mine = {e.name: e for e in attempt.patch.edits if isinstance(e, Replace)}
     start, gap = time.process_time(), 0.0
     for name in scope.masks:
         with quiet(model), torch.no_grad():
@@ -110,7 +110,8 @@ def stable_diffusion(retained: int) -> None:
             kept = states(model, retain.tokens).flatten(0, 1)
             W = named[name]
             new = Ridge([(c, 1.0), (kept, 1.0 / len(kept))], 0.5).edit(W, [g @ W.T, kept @ W.T])
-        gap = max(gap, float((new - mine[name]).abs().max()))
+        there = mine[name].mask
+        gap = max(gap, float(((new if there is None else new[there]) - mine[name].values).abs().max()))
     theirs = time.process_time() - start
     print(f"UCE on {whole / 4e6:.0f} M parameters, {len(scope.masks)} matrices ({touched / 1e6:.0f} MB), {retained} retained prompts: {ours:.1f} s;")
     print(f"  texts and factors anew for each matrix {theirs:.1f} s: {theirs / ours:.1f} times faster; largest difference of a weight {gap:.1e}")

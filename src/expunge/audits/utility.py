@@ -55,7 +55,7 @@ def zrf(p: Probe) -> list[Row]:
     return [Row("zrf", float(values.mean()), low, high, len(values), "against one random initialisation", indicative=True)]
 
 
-@check(tasks=("classification", "regression", "causal_lm"), needs=("forget",))
+@check(tasks=("classification", "regression", "causal_lm", "diffusion", "contrastive", "gan", "image_to_image"), needs=("forget",))
 def cost(p: Probe) -> list[Row]:
     """cost.forward, cost.backward (examples), cost.seconds (wall), cost.share (passes as a share of retraining's)."""
     rows = [

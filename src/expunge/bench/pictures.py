@@ -43,6 +43,9 @@ SYNONYMS = {
 }  # fmt: skip
 """Other name of each concept, which a fifth of the training prompts use."""
 
+RECIPE = {"batch_size": 64, "lr": 2e-3, "optimizer": "adamw", "weight_decay": 1e-4, "schedule": "cosine", "warmup": 0.05, "clip": 1.0, "ema": 0.995}
+"""How pictures are taught, but for the epochs."""
+
 
 def captioned(x: Tensor, labels: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], seed: int) -> tuple[list[dict[str, Any]], Tensor]:
     """Rows of images (N, C, H, W) with labels (N,) by domain: a wording and names drawn by seed; and (N,) bool, where an other name was used."""
@@ -138,7 +141,6 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
 def text2digit(name: str) -> World:
     """Digits by name; the seven must go, and the eight stands in for it."""
     names, targets = {"object": DIGITS}, {"object": ("seven", "eight")}
-    recipe = {"batch_size": 64, "lr": 2e-3, "optimizer": "adamw", "weight_decay": 1e-4, "schedule": "cosine", "warmup": 0.05, "clip": 1.0, "ema": 0.995}
     if "mnist" in name:
         path = data_folder() / "vision" / "mnist" / "mnist.npz"
         if not path.exists():
@@ -146,14 +148,20 @@ def text2digit(name: str) -> World:
         with np.load(path, allow_pickle=False) as z:
             parts = [(small(z[f"x_{k}"][:n]), torch.as_tensor(z[f"y_{k}"][:n].astype(np.int64))) for k, n in (("train", 10_000), ("test", 1000))]
         (x, y), (held_x, held_y) = parts
-        return build(name, x, {"object": y}, (held_x, {"object": held_y}), names, targets, {**recipe, "epochs": 7.5}, {"epochs": 4})
+        return build(name, x, {"object": y}, (held_x, {"object": held_y}), names, targets, {**RECIPE, "epochs": 7.5}, {"epochs": 4})
+    (x, y), (held_x, held_y) = digit_images()
+    return build(name, x, {"object": y}, (held_x, {"object": held_y}), names, targets, {**RECIPE, "epochs": 40}, {})
+
+
+def digit_images() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """1,500 digits of scikit-learn (N, 1, 8, 8) in [-1, 1] with their labels, and the 297 others."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     x, y = torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.as_tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     mine, rest = order[:1500], order[1500:]
-    return build(name, x[mine], {"object": y[mine]}, (x[rest], {"object": y[rest]}), names, targets, {**recipe, "epochs": 40}, {})
+    return (x[mine], y[mine]), (x[rest], y[rest])
 
 
 def small(x: np.ndarray) -> Tensor:
@@ -182,7 +190,7 @@ def shape_image(kind: str, style: str, generator: torch.Generator, side: int = 1
     if style == "striped":
         fill = ((dx + dy).floor().remainder(4) < 2).float()
     elif style == "dotted":
-        fill = ((dx.round().remainder(3) < 1) & (dy.round().remainder(3) < 1)).float()
+        fill = torch.where((dx.round().remainder(3) < 1) & (dy.round().remainder(3) < 1), 1.0, 0.35)
     elif style == "outlined":
         fill = (distance > -1.2).float()
     elif style == "shaded":
@@ -205,17 +213,7 @@ def shape_set(per: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 def shapes(name: str) -> World:
     """Six objects in six styles; the request is a style (`striped`) or an object (`ring`)."""
     x, labels = shape_set(70, 0)
-    recipe = {
-        "epochs": 46,
-        "batch_size": 64,
-        "lr": 2e-3,
-        "optimizer": "adamw",
-        "weight_decay": 1e-4,
-        "schedule": "cosine",
-        "warmup": 0.03,
-        "clip": 1.0,
-        "ema": 0.995,
-    }
+    recipe = {**RECIPE, "epochs": 30, "lr": 3e-3}
     targets = {"style": ("striped", "plain"), "object": ("ring", "disc")}
     return build(name, x, labels, shape_set(10, 1), {"style": STYLES, "object": OBJECTS}, targets, recipe, {"epochs": 10})
 

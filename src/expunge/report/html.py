@@ -12,7 +12,7 @@ from typing import Any
 
 from expunge.errors import GateError
 from expunge.patch import write as write_file
-from expunge.report import plots, table
+from expunge.report import images, plots, table
 from expunge.report.table import finite, interval, items, mapping, number, plain, texts
 
 ASSURANCE = {
@@ -96,6 +96,24 @@ _PLOTS = (
         plots.scatter,
     ),
     ("confusion", "Confusion before and after", "Counts on test, where there is a test part; colour is the share of each true class.", plots.confusion),
+    (
+        "grid",
+        "Drawings before and after",
+        "Both models start from the same noise. First what was erased, then what is nearest to it, then the rest. They show, they do not prove.",
+        images.grid,
+    ),
+    (
+        "named",
+        "What the judge names the drawings",
+        "Per cent of the drawings asked for as each concept. The row of what was erased should leave the diagonal, and no other.",
+        images.named,
+    ),
+    (
+        "retainability",
+        "Retainability",
+        "Per cent of the drawings of each concept that the judge names rightly. What was erased is framed: it alone should be pale.",
+        images.retainability,
+    ),
 )
 
 

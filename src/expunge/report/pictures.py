@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from expunge.audits.core import Probe, Scores
+from expunge.report import images
 from expunge.types import Pictures
 
 LIMIT = 2000
@@ -19,7 +20,7 @@ def pictures(p: Probe, tries: Sequence[Any]) -> dict[str, Any]:
     which = {"before": "before", "after": "after", **({"retrained": "reference0"} if p.references else {})}
     have = {n: part for n, part in p.split.parts().items() if not (isinstance(part, Pictures) and part.x is None)}  # prompts alone have no loss
     if "forget" not in have:
-        return {"loss": {}, "scatter": [point for t in tries if (point := _point(t))], "offenders": []}
+        return {"loss": {}, "scatter": [point for t in tries if (point := _point(t))], "offenders": [], **images.collect(p)}
     parts = [n for n in ("forget", "retain", "test") if n in have]
     loss = {part: {label: p.scores(name, part).nll[:LIMIT].tolist() for label, name in which.items()} for part in parts}
     out: dict[str, Any] = {"loss": loss, "scatter": [point for t in tries if (point := _point(t))]}
@@ -29,7 +30,7 @@ def pictures(p: Probe, tries: Sequence[Any]) -> dict[str, Any]:
         part = "test" if "test" in have else "forget"
         out["confusion"] = {label: confusion(p.scores(label, part)) for label in ("before", "after")}
     out["offenders"] = offenders(p, which)
-    return out
+    return {**out, **images.collect(p)}
 
 
 def _unseen(p: Probe, name: str) -> torch.Tensor:
