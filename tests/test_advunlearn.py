@@ -277,6 +277,7 @@ def test_the_nearest_words_are_words():
     assert torch.equal(found, table[[4, 2]].view(2, 1, 3))
 
 
+@pytest.mark.slow
 def test_the_audit_tells_robust_from_not(monkeypatch):
     """A model that still draws sevens is attacked with success without any attack; all rows are shares of the drawings, the published OR holds."""
     monkeypatch.setattr(prompt_attack, "DRAWN", 10)

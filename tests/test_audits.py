@@ -68,6 +68,7 @@ def test_gap_closed_ends():
     assert elsewhere.value != elsewhere.value and "distance on retain (3)" in elsewhere.note
 
 
+@pytest.mark.slow
 def test_directions_on_known_truth():
     """Class removal: the untouched model reads 0 of the gap, a held-out retrained model about all of it."""
     model, task, split = digits("class")

@@ -98,6 +98,7 @@ def test_audit_with_shadow_models_prints_sections(home):
     assert code == 2 and "need --shadows" in err
 
 
+@pytest.mark.slow
 def test_gate_refusal_is_exit_code_1(home):
     words = ["forget", "--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train", "--test", "world:digits/test"]
     code, out, err = call(*words, "--forget", "class:3", "--method", "gradient_ascent", "--lr", "0.00001", "--json")

@@ -390,7 +390,7 @@ BAD = [
     ((*FORGET, "--retain", "twice.jsonl"), "record 3 of forget also stands in retain (record 2)"),
     ((*FORGET, "--test", "forget.jsonl"), "record 1 of forget also stands in test (record 1)"),
     (("forget", *TEXTS, "--forget", "none.jsonl"), "cannot read none.jsonl"),
-    (("forget", *TEXTS, "--forget", ""), "no forget file"),
+    (("forget", *TEXTS, "--forget", ""), "--forget is missing"),
     ((*FORGET, "--retain", "none.jsonl"), "cannot read none.jsonl"),
     (("forget", "--task", "causal-lm", "--model", "nowhere", "--forget", "forget.jsonl"), "no folder nowhere"),
     (("forget", "--task", "causal-lm", "--model", "pickled", "--forget", "forget.jsonl"), "pickles can run code"),

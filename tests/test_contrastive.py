@@ -265,6 +265,7 @@ def test_groups_of_a_text_encoder():
     assert slug.candidates(task, weights, gone, held, False) == [["text.ff.0.weight"], ["text.attn.to_q.weight"]]
 
 
+@pytest.mark.slow
 def test_what_a_prompt_explains():
     """Under the empty prompt itself nothing is explained; the trained model's prompts explain most of its images, and SLUG's step fewer of the concept's."""
     model, task, split = toy("diffusion")

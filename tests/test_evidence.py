@@ -191,6 +191,7 @@ def test_a_pool_is_trained_once(tmp_path, monkeypatch):
         pool.shadows(model, classification(), data, RECIPE, k=6, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_calibrated_attack_sees_what_a_population_attack_does_not():
     """Records with wrong labels, known by heart: LiRA on shadows tells them from unseen records; on a retrained model it does not."""
     data, rest = points(160), points(400, seed=9)

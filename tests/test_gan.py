@@ -268,6 +268,7 @@ def test_shares_of_a_judge():
     assert math.isnan(audit_of_gans.unlearned((0, 1000), (0, 1000))[0])
 
 
+@pytest.mark.slow
 def test_the_audit_sees_what_is_drawn(monkeypatch):
     """Unchanged, the model draws the class as before; after unlearning it draws less of it, and the other classes still."""
     monkeypatch.setattr(audit_of_gans, "DRAWN", 400)

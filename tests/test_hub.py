@@ -35,7 +35,7 @@ def cut(rows: list[dict], per: int = 1, images: bool = True) -> Pictures:
     """`per` records of each row; images of a row lie at 0, 0.01, 0.02, ... in the last pixel."""
     many = tuple(row for row in rows for _ in range(per))
     x = torch.stack([point(row["style"], row["object"], 0.01 * (k % per)) for k, row in enumerate(many)]) if images else None
-    tokens = torch.tensor([TEXT[r["style"]] + [k // per] for k, r in enumerate(many)])
+    tokens = torch.tensor([TEXT[r["style"]] + [k // per + 100 * (not images)] for k, r in enumerate(many)])  # prompts without images have words of their own
     return Pictures(x, tokens, torch.arange(len(many)), many)
 
 
@@ -207,6 +207,7 @@ def test_large_images_are_averaged_down_and_latents_decoded(monkeypatch):
     assert len(some) == 5 and torch.equal(some.x, coverage.images(world("plain"), "retain").x)
 
 
+@pytest.mark.slow
 def test_the_aspects_of_a_model_that_forgot_and_of_one_that_was_destroyed(monkeypatch):
     """On the toy world: all four checks draw four times in all; UCE erases and keeps; an untrained model draws nothing that looks real, or that covers it."""
     monkeypatch.setattr(canvas, "GONE", 20)

@@ -18,6 +18,15 @@ from expunge.registry import ASSURANCES, METHODS
 from expunge.run import unlearn
 
 CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for task in METHODS[name].tasks]
+COSTLY = ("sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf")
+"""Methods whose toy runs take long: `make test-slow` has their law 8, and SFD's law of resuming."""
+
+
+def cases(costly: tuple[str, ...]) -> list:
+    """CASES, those of costly methods marked slow."""
+    return [pytest.param(*c.values, id=c.id, marks=pytest.mark.slow if c.values[0] in costly else ()) for c in CASES]
+
+
 QUICK = {"epochs": 1, "batch_size": 8}
 POOLED = {"steps": 4, "trajectories": 3, "path": 3}
 """For methods that learn from trajectories."""
@@ -76,7 +85,7 @@ def test_law_7_messages(name, task_name):
             unlearn(name, model, task, lacking)
 
 
-@pytest.mark.parametrize(("name", "task_name"), CASES)
+@pytest.mark.parametrize(("name", "task_name"), cases(COSTLY))
 def test_law_8_forgets_more_than_it_harms(name, task_name):
     """With its toy settings on the toy world: the forget loss rises by more than the retain loss."""
     model, task, split = toy(task_name, METHODS[name].twin == "moe")
@@ -147,7 +156,7 @@ def test_law_12_cost(name, task_name):
         assert watch.meter.forward + watch.meter.backward >= 0.5 * (forward + backward) - 128
 
 
-@pytest.mark.parametrize(("name", "task_name"), CASES)
+@pytest.mark.parametrize(("name", "task_name"), cases(("sfd",)))
 def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
     """A run stopped at a checkpoint and called again gives the same patch, bit for bit; other epochs give another (the control)."""
     from expunge import journal

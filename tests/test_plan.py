@@ -47,6 +47,7 @@ def test_selftest_catches_what_cannot_tell():
     assert any("drop.test was not measured" in r for r in reasons)
 
 
+@pytest.mark.slow
 def test_class_verdicts_on_known_truth():
     """The original is refused, a retrained model that is no reference passes."""
     model, task, split = digits("class")
@@ -57,6 +58,7 @@ def test_class_verdicts_on_known_truth():
     assert good.passed, good.reasons
 
 
+@pytest.mark.slow
 def test_autopilot_forgets_a_class(tmp_path):
     """A patch passes its gate under 5 % of retraining's passes; the model is untouched; what is saved and shown is readable."""
     model, task, split = digits("class")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -191,13 +192,14 @@ class Bound(nn.Module):
 
 
 @contextlib.contextmanager
-def remembering(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """These tensors among the model's buffers inside, so that the checkpoints of an open session hold them, and its patch does not: what a method knows
-    between two steps besides weights. Write to them in place."""
+def remembering(opening: AbstractContextManager[Session], model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Session]:
+    """The session that `opening` opens on the model, with these tensors among its buffers from then until it is closed: checkpoints and best states hold
+    them, and the patch does not. What a method knows between two steps besides weights; write to them in place."""
     try:
-        for name, tensor in tensors.items():
-            model.register_buffer(name, tensor, persistent=False)
-        yield
+        with opening as e:
+            for name, tensor in tensors.items():
+                model.register_buffer(name, tensor, persistent=False)
+            yield e
     finally:
         for name in tensors:
             model._buffers.pop(name, None)

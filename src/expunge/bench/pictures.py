@@ -213,7 +213,7 @@ def shape_set(per: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 def shapes(name: str) -> World:
     """Six objects in six styles; the request is a style (`striped`) or an object (`ring`)."""
     x, labels = shape_set(70, 0)
-    recipe = {**RECIPE, "epochs": 30, "lr": 3e-3}
+    recipe = {**RECIPE, "epochs": 40, "lr": 3e-3}
     targets = {"style": ("striped", "plain"), "object": ("ring", "disc")}
     return build(name, x, labels, shape_set(10, 1), {"style": STYLES, "object": OBJECTS}, targets, recipe, {"epochs": 10})
 

@@ -20,7 +20,8 @@ Settings
 Differs  Only the abstract was read, and no code is known: the guided prediction u + w g, of which g alone is to change while u is held, is the paper's; the
          losses, the stop-gradient and all defaults are a reconstruction. Without an anchor the alternative is the empty prompt: g*(a) = 0.
          States and targets are the frozen model's, drawn once.
-Check    u* = (0.1, 0.2), e*(c) = (0.5, -0.2), e*(a) = (0.2, 0.6): the wanted e(c) is e*(a), and with rescale u* + (0.137199, 0.548796)
+Check
+    u* = (0.1, 0.2), e*(c) = (0.5, -0.2), e*(a) = (0.2, 0.6): the wanted e(c) is e*(a), and with rescale u* + (0.137199, 0.548796)
     >>> import torch
     >>> u, c, a = (torch.tensor([v]) for v in ([0.1, 0.2], [0.5, -0.2], [0.2, 0.6]))
     >>> replaced(u, c, a), replaced(u, c, a, rescale=True) - u

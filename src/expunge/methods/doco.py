@@ -30,7 +30,8 @@ Differs  The released code bends g_u by cos * g_r / ||g_r||, which is right for 
          that L_G leaves in it, which nearly cancels what it should learn; here no step of one sees the other's gradient. There D has batch norm and no
          time; here group norm, which does not mix prompts, and the time as an input. Noised pictures of the anchor are replaced by its trajectories. The
          published step sizes (4.8e-5 for 1,000 steps) are for a large model. D's weights and moments are part of every checkpoint.
-Check    (card: cos = -0.8, exact and released; ln 2 for either label at logit 0; x0 = (1 - 0.6 * 0.6) / 0.8)
+Check
+    Card: cos = -0.8, exact and released; ln 2 for either label at logit 0; x0 = (1 - 0.6 * 0.6) / 0.8
     >>> import torch; from expunge.tasks.diffusion import Schedule; from expunge.updates.combine import combine
     >>> u, r = [torch.tensor([3.0, -4.0])], [torch.tensor([0.0, 2.0])]
     >>> combine([u, r])[0].tolist(), [round(v, 4) for v in combine([u, r], "released")[0].tolist()]
@@ -168,9 +169,8 @@ def doco(
         prior_loss = squared(task, model, r, r["cond"]).mean() if prior == "outputs" else task.forward(model, r).nll.mean()
         return called(critic(fake, t), 0.0), alpha * prior_loss if surgery in ("pcgrad", "sum") else prior_loss
 
-    with edit(model, scope) as e:
+    with remembering(edit(model, scope), model, hidden(critic, stepper)) as e:
         e.eval()
-        with remembering(model, hidden(critic, stepper)):
-            options = {"lr": lr, "optimizer": "adamw", "weight_decay": weight_decay}
-            descend(e, loss, Paired(states.batches(instead, batch_size, steps, seed), retained, range(steps)), combine=surgeon, **options)
+        options = {"lr": lr, "optimizer": "adamw", "weight_decay": weight_decay}
+        descend(e, loss, Paired(states.batches(instead, batch_size, steps, seed), retained, range(steps)), combine=surgeon, **options)
     return e.patch

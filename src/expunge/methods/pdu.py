@@ -24,9 +24,6 @@ Check
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +31,7 @@ from expunge.errors import SettingError
 from expunge.losses.language import kept, per_sequence, pooled
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.session import Session, remembering
+from expunge.session import remembering
 from expunge.tuning import Tuning, cost, opened, tune
 from expunge.types import Out, Split, Task
 
@@ -51,13 +48,6 @@ def spread(out: Out) -> Tensor:
 def moved(dual: float, ce: float, *, eta: float, eps: float) -> float:
     """max(0, lambda + eta (CE - eps))."""
     return max(0.0, dual + eta * (ce - eps))
-
-
-@contextlib.contextmanager
-def holding(model: nn.Module, tuning: Tuning, state: Tensor) -> Iterator[Session]:
-    """The session that the settings ask for, whose checkpoints hold `state`."""
-    with opened(model, tuning) as e, remembering(model, {NAME: state}):
-        yield e
 
 
 @method(
@@ -94,4 +84,4 @@ def pdu(
             state[0] = moved(float(state[0]), float(state[1] / state[2]), eta=eta, eps=eps)
         state[1:] = 0
 
-    return tune(model, task, split, forget, tuning, seed=seed, keep=keep, after=after, session=holding(model, tuning, state))
+    return tune(model, task, split, forget, tuning, seed=seed, keep=keep, after=after, session=remembering(opened(model, tuning), model, {NAME: state}))

@@ -16,8 +16,8 @@ Check (card advunlearn: U(s) = s, E(delta) = w (c + delta), w = c = 1; L_att = (
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -101,8 +101,6 @@ class Numbered(Sequence):
         return k, self.batches[k]
 
 
-@contextlib.contextmanager
-def attacked(model: nn.Module, scope: Scope, delta: Tensor) -> Iterator[Session]:
+def attacked(model: nn.Module, scope: Scope, delta: Tensor) -> AbstractContextManager[Session]:
     """A session on `scope` with `delta` among the model's buffers while it is open, so that checkpoints hold it and the patch does not."""
-    with edit(model, scope) as e, remembering(model, {NAME: delta}):
-        yield e
+    return remembering(edit(model, scope), model, {NAME: delta})
