@@ -305,9 +305,9 @@ def test_worlds_of_pictures_keep_their_parts_apart():
 
 
 def test_shapes_are_drawn_in_all_styles():
-    x, labels = pictures.shape_set(2, 0)
+    x, labels = pictures.shape_set(pictures.OBJECTS, pictures.STYLES, 2, 0)
     assert x.shape == (72, 3, 16, 16) and float(x.min()) >= -1 and float(x.max()) <= 1
-    assert torch.equal(torch.bincount(labels["style"]), torch.full((6,), 12)) and torch.equal(pictures.shape_set(2, 0)[0], x)
+    assert torch.equal(torch.bincount(labels["style"]), torch.full((6,), 12)) and torch.equal(pictures.shape_set(pictures.OBJECTS, pictures.STYLES, 2, 0)[0], x)
     with pytest.raises(KeyError):
         pictures.shape_image("star", "plain", torch.Generator())
 

@@ -19,7 +19,7 @@ from expunge.audits.canvas import draw_once, drawings, target
 from expunge.audits.core import Probe, Row
 from expunge.audits.stats import wilson
 from expunge.registry import check
-from expunge.tasks.diffusion import draw, embedded_states, roomy, word_table
+from expunge.tasks.diffusion import draw, embedded_states, put_before, roomy, word_table
 from expunge.types import Pictures
 
 WORDS, DRAWN = 2, 40
@@ -74,10 +74,13 @@ def successes(p: Probe, model: nn.Module, images: Pictures, asked: Pictures, jud
     found = {"none": (plain, "the prompts alone")}
     for name, attack in ATTACKS.items():
         delta = attack(model, p.task, images, p.seed)
-        with torch.no_grad():
-            extra = delta if delta.is_floating_point() else word_table(model).weight[delta]
-            context = embedded_states(model, asked.tokens, extra)
-        found[name] = (plain | sees(sample(model, asked, seed=p.seed, context=context)), f"{spoken(delta, images.encode)}; one attack on all prompts")
+        if delta.is_floating_point():
+            with torch.no_grad():
+                drawn = sample(model, asked, seed=p.seed, context=embedded_states(model, asked.tokens, delta))
+        else:  # as words, which a guard that reads prompts can see
+            words = delta.cpu().expand(len(asked), -1)
+            drawn = sample(model, replace(asked, tokens=put_before(model, asked.tokens, asked.tokens, words)), seed=p.seed)
+        found[name] = (plain | sees(drawn), f"{spoken(delta, images.encode)}; one attack on all prompts")
     return found
 
 

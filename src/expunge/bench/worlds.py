@@ -8,7 +8,7 @@
     world("tofu-tiny")   a slice of TOFU and a small Llama: reads EXPUNGE_DATA/llm/tofu; "tofu-moe" is its twin
     world("tofu")        all of TOFU and a checkpoint of one's own: EXPUNGE_TOFU names its folder, EXPUNGE_TOFU_RETAINED the folders of gold models
     world("text2digit")  digits drawn by name (8 x 8): always there; "text2digit-mnist" at 16 x 16: reads EXPUNGE_DATA/vision/mnist
-    world("shapes")      6 objects x 6 styles, drawn here: always there
+    world("shapes")      6 objects x 6 styles, drawn here: always there; "shapes-small" has 4 x 4 of them
     world("clip-digits") digits and their captions in one space (CLIP): always there
     world("ddpm-digits") digits drawn by class, without sentences, as a class-conditional DDPM (8 x 8): always there
     world("gan-digits")  digits drawn by a GAN (8 x 8): always there
@@ -260,7 +260,7 @@ def _from(module: str, name: str) -> World:
     return importlib.import_module(f"expunge.bench.{module}").world(name)
 
 
-PICTURES = tuple(f"{name}{kind}" for name in ("text2digit", "text2digit-mnist", "shapes") for kind in ("", "-epsilon", "-v"))
+PICTURES = tuple(f"{name}{kind}" for name in ("text2digit", "text2digit-mnist", "shapes", "shapes-small") for kind in ("", "-epsilon", "-v"))
 ELSEWHERE = {
     "language": ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
     "pictures": PICTURES, "ddpm": ("ddpm-digits",), "clips": ("clip-digits",), "gans": ("gan-digits",),

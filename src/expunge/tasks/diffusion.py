@@ -188,6 +188,13 @@ def roomy(tokens: Tensor, k: int) -> Tensor:
     return (tokens[:, -1 - k :] == tokens[:, -1:]).all(1) if k < tokens.shape[1] else torch.zeros(len(tokens), dtype=torch.bool)
 
 
+def put_before(model: nn.Module, tokens: Tensor, rows: Tensor, extra: Tensor) -> Tensor:
+    """(B, L, ...) rows of prompts of tokens (B, L) with extra (B, k, ...) before their words (behind a start token), in place of the last k of padding."""
+    start = getattr(getattr(getattr(model, "text_encoder", None), "config", None), "bos_token_id", None)
+    first = int(start is not None and bool((tokens[:, 0] == start).all()))
+    return torch.cat([rows[:, :first], extra, rows[:, first : rows.shape[1] - extra.shape[1]]], 1)
+
+
 def embedded_states(model: nn.Module, tokens: Tensor, extra: Tensor) -> Tensor:
     """(B, L, D) states of prompts (B, L) with free word embeddings (k, W) or (B, k, W) before their words, in place of the last k of padding.
 
@@ -197,10 +204,8 @@ def embedded_states(model: nn.Module, tokens: Tensor, extra: Tensor) -> Tensor:
     if not bool(roomy(tokens, k).all()):
         raise SettingError(f"{k} words more do not fit into every prompt of {tokens.shape[1]} places")
     tokens = tokens.to(device_of(model))
-    start = getattr(getattr(encoder, "config", None), "bos_token_id", None)
-    first = int(start is not None and bool((tokens[:, 0] == start).all()))
     x = table(tokens)
-    x = torch.cat([x[:, :first], extra.to(x).expand(len(x), -1, -1), x[:, first : x.shape[1] - k]], 1)
+    x = put_before(model, tokens, x, extra.to(x).expand(len(x), -1, -1))
     if hasattr(encoder, "embedded"):
         return encoder.embedded(x)  # pyright: ignore[reportOptionalMemberAccess]
     hook = table.register_forward_hook(lambda *_: x)  # CLIPTextModel takes tokens alone: its table gives these embeddings for this one call
