@@ -36,6 +36,7 @@ def call(*words: str) -> tuple[int, str, str]:
     return found.returncode, found.stdout, found.stderr
 
 
+@pytest.mark.slow
 def test_recipe_to_patch_to_revert(home):
     """A recipe forgets a class; the patch is inspected, applied and reverted through files; the restored weights are the same bits."""
     (home / "run.toml").write_text(

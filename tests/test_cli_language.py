@@ -228,6 +228,7 @@ def test_plan_knows_the_model_and_counts_the_methods_of_other_tasks(world):
     assert "not feasible: tool_delete needs anchor" in lines["tool_delete"] and "not feasible" not in lines["undial"]
 
 
+@pytest.mark.slow
 def test_a_patch_of_bfloat16_weights_fits_them_alone(world):
     """Made at bfloat16 of a float32 folder, applied and audited at the same."""
     half, _ = checkpoints.load(world.home / "base", dtype="bfloat16")

@@ -260,6 +260,7 @@ def test_holm_of_the_card():
     assert named.holm([0.04, math.nan, 0.001, 0.03]) == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_worst_case_sets_are_what_the_rest_explains():
     """Left out, the hardest set is still predicted better than a random one, and the easiest worse; two seeds agree."""
     model, task, split = digits("random")

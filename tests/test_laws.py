@@ -18,7 +18,7 @@ from expunge.registry import ASSURANCES, METHODS
 from expunge.run import unlearn
 
 CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for task in METHODS[name].tasks]
-COSTLY = ("sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf")
+COSTLY = ("sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf", "adapt_then_unlearn", "adversarial_target")
 """Methods whose toy runs take long: `make test-slow` has their law 8, and SFD's law of resuming."""
 
 
@@ -114,7 +114,7 @@ def test_law_9_smallest_sets(name, task_name):
         unlearn(name, model, task, replace(split, retain=split.retain.take([])))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_10_float_types(name, task_name, dtype):
     """float64 and bfloat16 models run, and the patch keeps the type."""

@@ -194,6 +194,7 @@ def test_a_small_bound_on_small_images_protects_nothing():
         assert rows["shield.protected"].low > 0.9 and rows["shield.drop"].high < 0.05
 
 
+@pytest.mark.slow
 def test_counter_measures_are_read_on_both():
     names = ("crop", "cutout", "blur", "jpeg", "adversarial")
     rows = measured("cuda5", names)

@@ -43,18 +43,21 @@ SYNONYMS = {
     "disc": "circle", "square": "box", "triangle": "wedge", "ring": "hoop", "cross": "plus", "bar": "stick",
     "plain": "flat", "striped": "lined", "dotted": "spotted", "outlined": "hollow", "inverted": "negative", "shaded": "gradient",
 }  # fmt: skip
-"""Other name of each concept, which a fifth of the training prompts use."""
+"""Other name of each concept, which a share of the training prompts use."""
 
 RECIPE = {"batch_size": 64, "lr": 2e-3, "optimizer": "adamw", "weight_decay": 1e-4, "schedule": "cosine", "warmup": 0.05, "clip": 1.0, "ema": 0.995}
 """How pictures are taught, but for the epochs."""
 
 
-def captioned(x: Tensor, labels: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], seed: int) -> tuple[list[dict[str, Any]], Tensor]:
-    """Rows of images (N, C, H, W) with labels (N,) by domain: a wording and names drawn by seed; and (N,) bool, where an other name was used."""
+def captioned(
+    x: Tensor, labels: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], seed: int, share: float = 0.2
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Rows of images (N, C, H, W) with labels (N,) by domain: a wording and names drawn by seed, `share` of each domain's names the other ones; and (N,) bool,
+    where an other name was used."""
     g = torch.Generator().manual_seed(seed)
     n = len(x)
     template = torch.randint(len(TEMPLATES), (n,), generator=g).tolist()
-    other = {d: torch.rand(n, generator=g) < 0.2 for d in names}
+    other = {d: torch.rand(n, generator=g) < share for d in names}
     rows = []
     for k in range(n):
         own = {d: names[d][int(labels[d][k])] for d in names}
@@ -76,10 +79,10 @@ def prompts(names: Mapping[str, Sequence[str]], templates: Sequence[str], *, syn
 def build(
     name: str, x: Tensor, labels: Mapping[str, Tensor], held: tuple[Tensor, Mapping[str, Tensor]], names: Mapping[str, Sequence[str]],
     targets: Mapping[str, tuple[str, str]], recipe: dict[str, Any], judge: dict[str, Any],
-    widths: tuple[int, ...] = (16, 32, 64),
+    widths: tuple[int, ...] = (16, 32, 64), share: float = 0.2,
 ) -> World:  # fmt: skip
     """A world of images in [-1, 1] with labels by domain; targets: scenario -> (concept, anchor concept)."""
-    rows, other = captioned(x, labels, names, seed=0)
+    rows, other = captioned(x, labels, names, 0, share)
     spare = prompts(names, OTHERS, synonyms=False) + prompts(names, TEMPLATES[:2], synonyms=True)
     vocabulary = words([*(r["prompt"] for r in rows), *(r["prompt"] for r in spare)])
     data = Pictures(x, vocabulary([r["prompt"] for r in rows]), torch.arange(len(x)), tuple(rows), vocabulary)
@@ -219,7 +222,8 @@ def shapes(name: str) -> World:
     recipe = {**RECIPE, "epochs": 44 if few else 40, "lr": 3e-3}
     targets = {"style": ("striped", "plain"), "object": ("cross" if few else "ring", "disc")}
     x, labels = shape_set(objects, styles, 70, 0)
-    return build(name, x, labels, shape_set(objects, styles, 10, 1), {"style": styles, "object": objects}, targets, recipe, {"epochs": 12 if few else 10})
+    held, names, judge = shape_set(objects, styles, 10, 1), {"style": styles, "object": objects}, {"epochs": 12 if few else 10}
+    return build(name, x, labels, held, names, targets, recipe, judge, share=0.5 if few else 0.2)
 
 
 def world(name: str) -> World:
