@@ -36,8 +36,8 @@ OTHERS = ("one {}", "a small picture of a {}", "drawing of the {}")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OBJECTS = ("disc", "square", "triangle", "ring", "cross", "bar")
 STYLES = ("plain", "striped", "dotted", "outlined", "inverted", "shaded")
-FEW_OBJECTS, FEW_STYLES = ("disc", "square", "triangle", "cross"), ("plain", "striped", "outlined", "inverted")
-"""Those of `shapes-small`: without the ring, which an outlined disc looks like."""
+FEW_OBJECTS, FEW_STYLES = ("disc", "triangle", "cross", "bar"), ("plain", "striped", "outlined", "inverted")
+"""Those of `shapes-small`: without the ring, which an outlined disc looks like, and the square, which takes long to tell from a disc."""
 SYNONYMS = {
     **{word: str(k) for k, word in enumerate(DIGITS)},
     "disc": "circle", "square": "box", "triangle": "wedge", "ring": "hoop", "cross": "plus", "bar": "stick",
