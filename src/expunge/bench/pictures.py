@@ -222,7 +222,7 @@ def shapes(name: str) -> World:
     recipe = {**RECIPE, "epochs": 44 if few else 40, "lr": 3e-3}
     targets = {"style": ("striped", "plain"), "object": ("cross" if few else "ring", "disc")}
     x, labels = shape_set(objects, styles, 70, 0)
-    held, names, judge = shape_set(objects, styles, 10, 1), {"style": styles, "object": objects}, {"epochs": 12 if few else 10}
+    held, names, judge = shape_set(objects, styles, 10, 1), {"style": styles, "object": objects}, {"epochs": 12, "lr": 0.02} if few else {"epochs": 10}
     return build(name, x, labels, held, names, targets, recipe, judge, share=0.5 if few else 0.2)
 
 
