@@ -1,4 +1,4 @@
-"""`expunge demo-images`: a small diffusion model learns to draw four objects in four styles, forgets one style, keeps the others, and a report proves it."""
+"""`expunge demo-images`: a small diffusion model learns to draw six objects in six styles, forgets one style, keeps the others, and a report proves it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expunge.bench.worlds import cache_folder, world
 from expunge.patch import Patch
 from expunge.run import model_digest
 
-WORLD, SCENARIO = "shapes-small", "style"
+WORLD, SCENARIO = "shapes", "style"
 
 METHODS = ("uce", "concept_ablation", "esd")
 """What the autopilot may try here, in order of cost: the first solves for the weights, the others train for some seconds."""
