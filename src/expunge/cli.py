@@ -110,13 +110,8 @@ def demo_llm(out: str = "expunge-demo-llm", as_json: Json = False) -> None:
     """Teach a small language model invented authors, forget two of them, keep the rest, prove it. Takes two to three minutes."""
     from expunge import demo_llm as main_job
 
-    with bar(as_json) as progress:
-        result = main_job.demo(out, progress=progress)
-    if as_json:
-        show({**result, "document": {**result["document"], "pictures": {}}}, True)
-        return
-    show(result["document"], False)
-    cli_texts.demo(result, out)
+    if result := _demonstrated(main_job.demo, out, as_json):
+        cli_texts.demo(result, out)
 
 
 @app.command("demo-images")
@@ -124,13 +119,19 @@ def demo_images(out: str = "expunge-demo-images", as_json: Json = False) -> None
     """Teach a small diffusion model to draw shapes in six styles, erase one style, keep the rest, prove it. Takes some ten minutes, a second run three."""
     from expunge import demo_images as main_job
 
+    if result := _demonstrated(main_job.demo, out, as_json):
+        print("\n".join(main_job.told(result, out)))
+
+
+def _demonstrated(job: Any, out: str, as_json: bool) -> dict[str, Any] | None:
+    """What a demo of one request gave, its report shown; None where that was JSON, which is all there is to print."""
     with bar(as_json) as progress:
-        result = main_job.demo(out, progress=progress)
+        result = job(out, progress=progress)
     if as_json:
         show({**result, "document": {**result["document"], "pictures": {}}}, True)
-        return
+        return None
     show(result["document"], False)
-    print("\n".join(main_job.told(result, out)))
+    return result
 
 
 def _recipe(model: str, weights: str, train: str, test: str, validation: str, forget: str, task: str, methods: list[str], references: list[str], **more: Any):

@@ -120,15 +120,18 @@ def kept_times(s: Any) -> int:
 
 def follow(
     model: nn.Module, task: Any, split: Split, data: Pictures, forget: Callable[[Batch, Pictures], Tensor], *, part: str, alpha: float, steps: int,
-    batch_size: int, lr: float, guidance: float, trajectories: int, path: int, seed: int,
+    batch_size: int, lr: float, guidance: float, trajectories: int, path: int, seed: int, made: Callable[[Pictures, Pool], Pool] | None = None,
 ) -> Patch:  # fmt: skip
     """Descend by Adam on forget(batch, prompts) over states of `data`'s trajectories, plus alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 over retained ones.
 
     forget   a batch of states and the records that its positions `i` name -> (B,)
+    made     records and their states -> the states to learn from, where some are left out or say something else
     The rest are the settings of the methods (see esd).
     """
     scope = attention.part(model, part)
     gone, states = pool(model, task, data, trajectories, guidance=guidance, steps=path, seed=seed)
+    if made is not None:
+        states = made(gone, states)
     streams = [states.batches(gone, batch_size, steps, seed)]
     if split.retain is not None and alpha:
         kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)

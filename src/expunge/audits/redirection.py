@@ -17,8 +17,7 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.registry import check
-from expunge.tasks.diffusion import emptied
-from expunge.trajectory import Pool, pool, under
+from expunge.trajectory import Pool, counterparts, pool, under
 from expunge.types import Pictures
 
 PROMPTS, PATH, GUIDANCE = 16, 4, 3.0
@@ -53,10 +52,8 @@ def redirection(p: Probe) -> list[Row]:
         return []
     rows = []
     drawn, states = trajectories(p, p.split.forget)
-    named = {prompt.numpy().tobytes(): k for k, prompt in enumerate(p.split.forget.tokens)}
-    there = [named[row.numpy().tobytes()] for row in drawn.tokens]
-    anchor = emptied(drawn, task.null) if p.split.anchor is None else p.split.anchor.take(there)
-    found = left(under(p.after, task, states, drawn.tokens), states.cond, under(p.before, task, states, anchor.tokens))
+    anchor = task.null.expand(len(drawn), -1) if p.split.anchor is None else counterparts(drawn, p.split.forget, p.split.anchor)
+    found = left(under(p.after, task, states, drawn.tokens), states.cond, under(p.before, task, states, anchor))
     rows.append(mean("redirection.left", per_prompt(found, states), "1: as before; 0: as the anchor; " + note(states)))
     if p.split.retain is not None:
         kept, states = trajectories(p, p.split.retain)

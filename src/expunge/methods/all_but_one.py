@@ -39,11 +39,8 @@ from torch import Tensor, nn
 from expunge.errors import SettingError
 from expunge.patch import Patch
 from expunge.registry import method
-from expunge.scopes import attention
-from expunge.session import edit
-from expunge.trajectory import counterparts, kept_times, pool, squared, under, upto
-from expunge.types import Batch, Paired, Split, drawn
-from expunge.updates.descend import descend
+from expunge.trajectory import Pool, counterparts, follow, kept_times, squared, under, upto
+from expunge.types import Batch, Pictures, Split, drawn
 
 
 def replaced(null: Tensor, cond: Tensor, other: Tensor, *, rescale: bool = False) -> Tensor:
@@ -75,27 +72,17 @@ def all_but_one(
     """See the module's docstring."""
     if lam < 0 or alpha < 0 or not 0 < latest <= 1:
         raise SettingError(f"lam and alpha must be 0 or larger, latest above 0 and at most 1; found {lam:g}, {alpha:g} and {latest:g}")
-    scope = attention.part(model, part)
-    gone, states = pool(model, task, split.forget, trajectories, guidance=guidance, steps=path, seed=seed)
-    states = upto(states, latest)
-    other = states.null if split.anchor is None else under(model, task, states, counterparts(gone, split.forget, split.anchor))
-    states = replace(states, cond=replaced(states.null, states.cond, other, rescale=rescale))
-    streams = [states.batches(gone, batch_size, steps, seed)]
-    if split.retain is not None and alpha:
-        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
-        streams.append(others.batches(kept, batch_size, steps, seed + 1))
 
-    def loss(pair: tuple[Batch, ...]) -> Tensor:
-        f, *rest = pair
-        value = guided(task, model, f, lam).mean()
-        for r in rest:
-            value = value + alpha * squared(task, model, r, r["cond"]).mean()
-        return value
+    def made(gone: Pictures, states: Pool) -> Pool:
+        """The states up to `latest`, with what e(x_t, t, c) is to become in the place of `cond`."""
+        states = upto(states, latest)
+        other = states.null if split.anchor is None else under(model, task, states, counterparts(gone, split.forget, split.anchor))
+        return replace(states, cond=replaced(states.null, states.cond, other, rescale=rescale))
 
-    with edit(model, scope) as e:
-        e.eval()
-        descend(e, loss, Paired(*streams), lr=lr, optimizer="adam")
-    return e.patch
+    return follow(
+        model, task, split, split.forget, lambda b, _: guided(task, model, b, lam), part=part, alpha=alpha, steps=steps, batch_size=batch_size, lr=lr,
+        guidance=guidance, trajectories=trajectories, path=path, seed=seed, made=made,
+    )  # fmt: skip
 
 
 def guided(task: Any, model: nn.Module, batch: Batch, lam: float) -> Tensor:

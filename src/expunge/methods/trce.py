@@ -57,7 +57,7 @@ from expunge.registry import method
 from expunge.scopes.attention import part
 from expunge.session import Session, edit
 from expunge.tasks.diffusion import emptied, read, states
-from expunge.trajectory import Pool, distinct, pool, squared
+from expunge.trajectory import Pool, counterparts, distinct, pool, squared, under
 from expunge.types import Batch, Paired, Pictures, Scope, Split, drawn
 from expunge.updates.descend import descend
 from expunge.updates.ridge import redirect
@@ -142,21 +142,12 @@ def hinge(n: Tensor, pref: Tensor, rej: Tensor, beta: float, margin: float) -> T
     return (beta * (near - far + margin)).clamp(min=0)
 
 
-def said(model: nn.Module, task: Any, at: Pool, tokens: Tensor) -> Tensor:
-    """(M, C, H, W) what the model predicts at the M states under the prompts (M, L), without gradients."""
-    with quiet(model):
-        parts = [{"xt": at.xt[k], "t": at.t[k], "y": tokens[k], "i": at.i[k]} for k in torch.arange(len(at)).split(256)]
-        return torch.cat([task.forward(model, p).pred.cpu() for p in parts])
-
-
 def contrasts(model: nn.Module, task: Any, split: Split, push: float, early: float, guidance: float, n: int, path: int, seed: int) -> tuple[Pictures, Pool]:
     """Early states of the bad prompts' trajectories, with the preferred prediction in the place of `cond` and the rejected one in that of `null`."""
     gone, at = pool(model, task, split.forget, n, guidance=guidance, steps=path, seed=seed)
     rows = (at.t >= task.schedule.path(path)[first(early, path) - 1]).nonzero().squeeze(1)
     at = Pool(at.xt[rows], at.t[rows], at.i[rows], at.cond[rows], at.null[rows])
-    named = {row.numpy().tobytes(): k for k, row in enumerate(split.forget.tokens)}
-    safe = split.anchor.tokens[[named[row.numpy().tobytes()] for row in gone.tokens]]
-    good = said(model, task, at, safe[at.i])
+    good = under(model, task, at, counterparts(gone, split.forget, split.anchor))
     return gone, replace(at, cond=good + push * (good - at.null), null=at.cond + push * (at.cond - at.null))
 
 
@@ -220,7 +211,7 @@ def trce(
         if any((start, end, last, keyword)):
             redirect([e.params[n] for n in one.masks], pairs, lam)
         if streams:
-            after = [(data, replace(at, cond=said(model, task, at, data.tokens[at.i]))) for data, at in streams[1:]]
+            after = [(data, replace(at, cond=under(model, task, at, data.tokens))) for data, at in streams[1:]]
             batches = [at.batches(data, batch_size, steps, seed + k) for k, (data, at) in enumerate([streams[0], *after])]
             for n in one.masks:
                 e.params[n].requires_grad_(False)
