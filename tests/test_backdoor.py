@@ -267,6 +267,7 @@ def test_perturbations_reach_the_nearest_boundary_of_a_linear_model():
     assert a.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]], "v of 0 to 1 sends 2 to 1 as well; a pair never transfers to itself"
 
 
+@pytest.mark.slow
 def test_umd_finds_the_planted_pairs_and_clears_the_ordinary_model():
     before = state(trained("many"))
     bad = umd(trained("many"), TASK, DIGITS.validation)

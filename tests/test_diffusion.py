@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from worlds import copied, small, toy, trained
+from worlds import copied, same, small, state, toy, trained
 
-from expunge.audits import canvas
-from expunge.audits.core import Probe, audit
+from expunge import attacks
+from expunge.audits import canvas, prompt_attack
+from expunge.audits.core import Probe, audit, gate
 from expunge.bench import pictures
 from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError
+from expunge.guard import Guard
 from expunge.methods import esd, rece, uce
+from expunge.outcome import patched
+from expunge.patch import LowRank
 from expunge.plan import forget
 from expunge.registry import METHODS
 from expunge.run import model_digest, unlearn
 from expunge.scopes.attention import part
 from expunge.tasks.diffusion import PREDICTIONS, Schedule, cosine, diffusion, draw, emptied, predict, states
 from expunge.tiny_diffusion import Words, words
-from expunge.trajectory import distinct, pool
-from expunge.types import Pictures
+from expunge.trajectory import counterparts, distinct, pool, under
+from expunge.types import Pictures, device_of
 from expunge.updates.ridge import Ridge, residual
 
 
@@ -253,6 +259,50 @@ def test_concept_ablation_reads_the_concepts_own_prompts():
     assert attempt.outcome == "no_op" and moved.outcome == "ok"
 
 
+@pytest.mark.parametrize("name", ["esd", "concept_ablation"])
+def test_adapters_in_place_of_weights(name):
+    """Low rank on the linear layers of the part alone, the same for the same seed; on the way they were taught, and no further than their rank."""
+    model, task, split = small("diffusion")
+    few = {"steps": 30, "trajectories": 3, "path": 4, "lr": 1e-2, "seed": 3, "lora": 2}
+    before, watch = state(model), Guard()
+    attempt = unlearn(name, model, task, split, guard=watch, **few)
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {e.name for e in attempt.patch.edits} == linear & set(part(model, METHODS[name].defaults["part"]).masks)
+    assert all(isinstance(e, LowRank) and e.down.shape[0] == 2 for e in attempt.patch.edits) and same(before, state(model))
+    assert (watch.meter.forward, watch.meter.backward) == METHODS[name].expected(split, attempt.settings)
+    again, whole = unlearn(name, model, task, split, **few), unlearn(name, model, task, split, **{**few, "lora": 0})
+    assert again.patch.digest == attempt.patch.digest and not any(isinstance(e, LowRank) for e in whole.patch.edits)
+    data, at = pool(model, task, split.forget if name == "esd" else split.anchor, 3, guidance=3.0, steps=4, seed=3)
+    asked = data.tokens if name == "esd" else counterparts(data, split.anchor, split.forget)
+    wanted = esd.negated(at.null, at.cond, 1.0) if name == "esd" else at.cond
+    far = [float((under(m, task, at, asked) - wanted).square().mean()) for m in (model, patched(model, attempt))]
+    assert far[1] < 0.5 * far[0]
+
+
+def test_adapters_need_linear_layers():
+    model, task, split = small("diffusion")
+    for settings, said in (({"part": r"norm", "lora": 2}, "none is among the weights"), ({"lora": -1}, "rank must be 1 or larger")):
+        with pytest.raises(ScopeError, match=said):
+            METHODS["esd"](model, task, split, steps=1, trajectories=1, path=2, **settings)
+
+
+def test_attacks_refuse_a_generator_of_one_step():
+    model, task, split = small("diffusion")
+    model.get_buffer("one_step").fill_(714)
+    for attack in (attacks.soft, attacks.words, attacks.greedy):
+        with pytest.raises(SettingError, match="the model draws in one step"):
+            attack(model, task, split.forget, 2)
+
+
+def test_a_run_says_what_its_patch_takes():
+    """Bytes of the file's tensors, and none where there is no patch: the file is that and its header."""
+    model, task, split = small("diffusion")
+    attempt = unlearn("uce", model, task, split)
+    assert attempt.cost["storage"] == sum(e.values.nbytes for e in attempt.patch.edits) and ("memory" in attempt.cost) == (device_of(model).type == "cuda")
+    assert "storage" not in unlearn("esd", model, task, split, steps=1, trajectories=1, path=2, lr=0.0).cost
+    assert {r.name for r in audit(Probe(model, model, task, split, cost=attempt.cost), ["cost"])} == {"cost.forward", "cost.backward", "cost.seconds"}
+
+
 def test_esd_of_the_card():
     """eta 1: y = (-0.3, 0.6), and e = ec costs 0.64; the current code's eta' = eta + 1 from ec is the same; eta = -1 with e = ec costs nothing."""
     e0, ec = torch.tensor([0.1, 0.2]), torch.tensor([0.5, -0.2])
@@ -314,17 +364,48 @@ def test_shapes_are_drawn_in_all_styles():
 
 def test_the_canvas_tells_what_was_erased_and_what_was_kept(monkeypatch):
     """Untouched, the model draws the concept; after UCE it does not, and draws the rest as before."""
-    monkeypatch.setattr(canvas, "GONE", 30)
-    monkeypatch.setattr(canvas, "KEPT", 90)
+    monkeypatch.setattr(canvas, "GONE", 20)
+    monkeypatch.setattr(canvas, "KEPT", 63)
     model, task, split = toy("diffusion")
-    twin = copied(model)
+    task, twin, drawn = replace(task, sample=partial(task.sample, steps=10)), copied(model), {}
     METHODS["uce"](model, task, split).apply(twin)
-    seen = {n: {r.name: r for r in audit(Probe(model, m, task, split))} for n, m in (("nothing", model), ("uce", twin))}
+    seen = {n: {r.name: r for r in audit(Probe(model, m, task, split, cache=drawn), ["canvas"])} for n, m in (("nothing", model), ("uce", twin))}
     assert seen["nothing"]["canvas.ua"].high < 0.5 < seen["uce"]["canvas.ua"].low
     assert seen["uce"]["canvas.ira_drop"].value < 0.1 and seen["nothing"]["canvas.ira_drop"].value == 0
     assert seen["nothing"]["canvas.alias"].value == seen["uce"]["canvas.alias_before"].value > 0.4
     assert seen["nothing"]["canvas.distance"].value == seen["nothing"]["canvas.distance_before"].value > 0
     assert "canvas.cra" not in seen["uce"]  # one domain alone
+    assert not {"canvas.seconds", "canvas.memory", "canvas.storage"} & set(seen["uce"])  # no run, nothing measured
+
+
+def test_what_a_run_took_stands_beside_what_it_drew():
+    """Seconds as they are, memory and storage in GB; what was not measured, or reads 0 for a patch that was loaded, has no row."""
+    rows = {r.name: r for r in canvas.efficiency({"forward": 9, "seconds": 3.0, "memory": 5.1e9, "storage": 1.7e9})}
+    assert {n: round(r.value, 9) for n, r in rows.items()} == {"canvas.seconds": 3.0, "canvas.memory": 5.1, "canvas.storage": 1.7}
+    assert all(r.indicative and r.low == r.value == r.high for r in rows.values())
+    assert [r.name for r in canvas.efficiency({"seconds": 0.0, "storage": 10})] == ["canvas.storage"] and canvas.efficiency({}) == []
+
+
+def test_a_generator_of_one_step_has_no_noise_loss_to_read(monkeypatch):
+    """Its rows say why they are not there in place of a number; a gate that asks for them refuses. Drawings alone are judged."""
+    monkeypatch.setattr(prompt_attack, "DRAWN", 2)
+    model, task, split = small("diffusion")
+    one = copied(model)
+    one.get_buffer("one_step").fill_(714)
+    for before, after, said in ((model, one, "the model after draws in one step"), (one, model, "the model before draws in one step")):
+        rows = audit(Probe(before, after, task, split), ["redirection"])
+        assert [r.name for r in rows] == ["redirection.left", "redirection.shift"] and all(math.isnan(r.value) and said in r.note for r in rows)
+        assert "redirection.left is nan" in gate(rows, {"redirection.left": "<= 0.25"})[0]
+    bare = audit(Probe(model, one, task, replace(split, retain=None)), ["redirection"])
+    assert [r.name for r in bare] == ["redirection.left"]
+    judge = canvas.Judge({"object": ("seven", "eight")}, {"object": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, {})
+    for name in ("soft", "words", "search"):
+        monkeypatch.setitem(prompt_attack.ATTACKS, name, lambda m, *_: torch.tensor([1, 2]) if m is model else pytest.fail("searched"))
+    rows = {r.name: r for r in audit(Probe(model, one, replace(task, judge=lambda: judge), split), ["prompt_attack"])}
+    for name in ("soft", "words", "search"):
+        assert math.isnan(rows[f"prompt_attack.{name}"].value) and "draws in one step" in rows[f"prompt_attack.{name}"].note
+        assert rows[f"prompt_attack.{name}_before"].n == 2
+    assert rows["prompt_attack.none"].n == rows["prompt_attack.random"].n == 2
 
 
 def test_a_request_erases_one_concept():

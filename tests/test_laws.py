@@ -18,13 +18,21 @@ from expunge.registry import ASSURANCES, METHODS
 from expunge.run import unlearn
 
 CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for task in METHODS[name].tasks]
-COSTLY = ("sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf", "adapt_then_unlearn", "adversarial_target")
-"""Methods whose toy runs take long: `make test-slow` has their law 8, and SFD's law of resuming."""
+COSTLY = {
+    "forgets": (
+        "sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf", "adapt_then_unlearn", "adversarial_target", "concept_ablation",
+        "altpo", "spm", "slug",
+    ),
+    "smallest": ("slug", "spm", "metaunlearn"),
+    "types": ("sfd", "salun_diffusion", "altpo", "slug", "adapt_then_unlearn", "all_but_one", "advunlearn"),
+    "resume": ("sfd", "salun_diffusion", "kga", "slug", "ebyd", "mace", "laf", "altpo", "scar_self"),
+}  # fmt: skip
+"""Law -> methods that take seconds for it: `make test-slow` has them."""
 
 
-def cases(costly: tuple[str, ...]) -> list:
-    """CASES, those of costly methods marked slow."""
-    return [pytest.param(*c.values, id=c.id, marks=pytest.mark.slow if c.values[0] in costly else ()) for c in CASES]
+def cases(law: str) -> list:
+    """CASES, those of methods that are costly under that law marked slow."""
+    return [pytest.param(*c.values, id=c.id, marks=pytest.mark.slow if c.values[0] in COSTLY[law] else ()) for c in CASES]
 
 
 QUICK = {"epochs": 1, "batch_size": 8}
@@ -85,7 +93,7 @@ def test_law_7_messages(name, task_name):
             unlearn(name, model, task, lacking)
 
 
-@pytest.mark.parametrize(("name", "task_name"), cases(COSTLY))
+@pytest.mark.parametrize(("name", "task_name"), cases("forgets"))
 def test_law_8_forgets_more_than_it_harms(name, task_name):
     """With its toy settings on the toy world: the forget loss rises by more than the retain loss."""
     model, task, split = toy(task_name, METHODS[name].twin == "moe")
@@ -103,7 +111,7 @@ def test_law_8_forgets_more_than_it_harms(name, task_name):
     assert rise["forget"] > max(rise["retain"], 0) + 0.02
 
 
-@pytest.mark.parametrize(("name", "task_name"), CASES)
+@pytest.mark.parametrize(("name", "task_name"), cases("smallest"))
 def test_law_9_smallest_sets(name, task_name):
     """A one-example forget set runs or says why not; an empty retain set is refused in one line."""
     model, task, split = small(task_name, METHODS[name].twin == "moe")
@@ -115,7 +123,7 @@ def test_law_9_smallest_sets(name, task_name):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize(("name", "task_name"), CASES)
+@pytest.mark.parametrize(("name", "task_name"), cases("types"))
 def test_law_10_float_types(name, task_name, dtype):
     """float64 and bfloat16 models run, and the patch keeps the type."""
     model, task, split = small(task_name, METHODS[name].twin == "moe")
@@ -156,7 +164,7 @@ def test_law_12_cost(name, task_name):
         assert watch.meter.forward + watch.meter.backward >= 0.5 * (forward + backward) - 128
 
 
-@pytest.mark.parametrize(("name", "task_name"), cases(("sfd",)))
+@pytest.mark.parametrize(("name", "task_name"), cases("resume"))
 def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
     """A run stopped at a checkpoint and called again gives the same patch, bit for bit; other epochs give another (the control)."""
     from expunge import journal

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from worlds import copied, small
 
+from expunge import journal
 from expunge.errors import ModelError, SettingError
 from expunge.guard import Guard
 from expunge.methods import mace, trce
@@ -138,6 +139,30 @@ def test_second_stage_alone_and_with_retained_prompts():
     assert unlearn("trce", model, task, split, end=0.0, steps=0).outcome == "no_op"
 
 
+def test_the_share_of_active_hinges_survives_a_stop(tmp_path, monkeypatch):
+    """Stopped after two of three updates: the share is that of all three, and the patch's meta data are those of the whole run."""
+    model, task, split = small("diffusion")
+    shares = iter((1.0, 0.0, 0.0))
+    monkeypatch.setattr(trce, "hinge", lambda n, *_: n.square().flatten(1).mean(1) * next(shares))
+    whole = unlearn("trce", model, task, split, seed=1, **SHORT)
+    shares = iter((1.0, 0.0, 0.0))
+    go = journal.Journal.step
+
+    def killed(self, session, stepper, losses, watch, done):
+        go(self, session, stepper, losses, watch, done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn("trce", model, task, split, seed=1, folder=tmp_path, checkpoint_every=1, **SHORT)
+    monkeypatch.setattr(journal.Journal, "step", go)
+    again = unlearn("trce", model, task, split, seed=1, folder=tmp_path, checkpoint_every=1, **SHORT)
+    assert whole.patch.meta["active"] == pytest.approx(1 / 3, abs=1e-4)
+    assert again.patch.meta == whole.patch.meta and again.patch.digest == whole.patch.digest
+    assert trce.ACTIVE not in dict(model.named_buffers()) and not any(e.name == trce.ACTIVE for e in whole.patch.edits)
+
+
 def test_trce_without_preserved_states_is_not_determined():
     model, task, split = small("diffusion")
     with pytest.raises(SettingError, match="set lam above 0"):
@@ -249,6 +274,7 @@ def test_two_concepts_two_adapters():
     alone, both = Guard(), Guard()
     unlearn("mace", model, task, replace(two, forget=two.forget.take([0]), anchor=two.anchor.take([0])), guard=alone, **SHORT)
     attempt = unlearn("mace", model, task, two, guard=both, **SHORT)
+    assert (alone.meter.forward, alone.meter.backward) == METHODS["mace"].expected(two, attempt.settings)  # what is declared is the cost of one
     assert both.meter.forward == 2 * alone.meter.forward and both.meter.backward == 2 * alone.meter.backward > 0
     assert len({e.name for e in attempt.patch.edits}) == len(attempt.patch.edits)
 

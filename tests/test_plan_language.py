@@ -225,6 +225,7 @@ def test_every_default_rule_has_its_row(parts):
     assert set(rules) <= {r.name for r in audit(p, checks_for(rules), slow=False)}
 
 
+@pytest.mark.slow
 def test_an_untrained_model_certifies_nothing():
     """It never knew the texts, so that doing nothing cannot be told from forgetting, and the verdict says so (24 records: enough for the rule's interval)."""
     model, task, split = small("causal_lm")

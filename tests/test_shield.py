@@ -182,6 +182,7 @@ def test_digits_are_protected(which, clean, most):
     assert rows["shield.drop"].low > 0.3 and rows["shield.best"].value == rows["shield.protected"].value
 
 
+@pytest.mark.slow
 def test_a_small_bound_on_small_images_protects_nothing():
     """At 16/255 a perturbation of 8x8 pixels is 0.5 long and the means of two classes are 2.0 apart: even noise that is drawn per class, and so
     gives every label away, leaves clean accuracy where it was."""
@@ -221,6 +222,7 @@ def test_no_shield_reads_no_protection():
     assert [(k, n) for _, k, n in calls] == [(k, 8) for k in range(8)]
 
 
+@pytest.mark.slow
 def test_counter_measures_do_what_they_say():
     x, g = images(40, side=8).x, torch.Generator().manual_seed(0)
     assert torch.equal(audits.grayscale(x)[:, 0], audits.grayscale(x)[:, 2]) and torch.allclose(audits.grayscale(x)[:, 0], x.mean(1))

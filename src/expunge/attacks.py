@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from expunge.errors import SettingError
 from expunge.guard import quiet
-from expunge.tasks.diffusion import embedded_states, word_table
+from expunge.tasks.diffusion import embedded_states, jump, word_table
 from expunge.types import Batch, Pictures
 from expunge.updates.bilevel import seek
 
@@ -27,7 +27,9 @@ GRID = tuple(range(10, 1000, 20))
 
 
 def loss(model: nn.Module, task: Any, batch: Batch, delta: Tensor) -> Tensor:
-    """(B,) loss on the batch's images with delta (k, W) or (B, k, W) before its prompts."""
+    """(B,) loss on the batch's images with delta (k, W) or (B, k, W) before its prompts. Raises SettingError for a generator that draws in one step."""
+    if jump(model):
+        raise SettingError("the model draws in one step: its noise loss, which attacks read, says nothing about what it draws")
     return task.forward(model, {**batch, "states": embedded_states(model, batch["y"], delta)}).nll
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge import cli_images, cli_texts
+from expunge import cli_exact, cli_images, cli_texts
 from expunge.cli_images import Concept
 from expunge.cli_texts import IMAGE, TEXT, Anchor, Dtype, Form, General, Mask, MaxLength, Retain, Template
 
@@ -88,8 +88,14 @@ def settings(method: str, extra: list[str]) -> dict[str, Any]:
 
 
 @app.command()
-def demo(out: str = "expunge-demo", seeds: int = 3, as_json: Json = False) -> None:
+def demo(
+    out: str = "expunge-demo", seeds: int = 3, as_json: Json = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Exact deletion: 50 requests, one after another, served by four designs; into OUT-exact.")] = False,
+) -> None:  # fmt: skip
     """Forget a class and 10 % of the records of real digits, audited against retraining. Takes one to two minutes."""
+    if exact:
+        with bar(as_json) as progress:
+            return cli_exact.demo(f"{out}-exact", as_json=as_json, progress=progress)
     from expunge import demo as main_job
 
     with bar(as_json) as progress:
@@ -145,15 +151,21 @@ def _recipe(model: str, weights: str, train: str, test: str, validation: str, fo
 
 @app.command()
 def plan(
-    train: Annotated[str, typer.Argument(help="Data; texts: JSONL of what must stay.")],
-    forget: Annotated[str, typer.Argument(help="What must go: class:3 and the like; texts: a JSONL file.")], test: str = "", validation: str = "",
+    train: Annotated[str, typer.Argument(help="Data; texts: JSONL of what must stay.")] = "",
+    forget: Annotated[str, typer.Argument(help="What must go: class:3 and the like; texts: a JSONL file.")] = "", test: str = "", validation: str = "",
     task: TaskName = "classification", anchor: Anchor = "", model: Annotated[str, typer.Option(help="Texts: the model's folder.")] = "",
-    retrain_epochs: float = 0.0, as_json: Json = False,
+    retrain_epochs: float = 0.0, as_json: Json = False, stream: cli_exact.Log = "", records: cli_exact.Records = 0, shard_least: cli_exact.Least = 200,
+    storage: cli_exact.Storage = 0, passes: cli_exact.Passes = 0.0, months: cli_exact.Months = 12.0, out: cli_exact.Out = "",
 ) -> None:  # fmt: skip
     """Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3
 
     Texts: expunge plan retain.jsonl forget.jsonl --task causal-lm; "" for retain.jsonl where there is none.
+    Exact deletion: expunge plan --stream requests.csv --records 50000 recommends shards, slices and budget for a log of requests.
     """
+    if stream:
+        return cli_exact.plan(stream, records=records, shard_least=shard_least, storage=storage, passes=passes, months=months, out=out, as_json=as_json)
+    _needs(forget, "FORGET, what must go,")
+
     from dataclasses import asdict
 
     from expunge import checkpoints, texts
@@ -232,7 +244,7 @@ def forget(
     document = verdict.save(out, f"Forget {split.asked or forget}", _key(key_file))
     if tokenizer is not None and (folder := texts.released(verdict, net, tokenizer, Path(out) / "released", form=form, base=model)):
         document["released"] = str(folder)
-    if pipeline is not None and (folder := images.released(verdict, pipeline, Path(out) / "released")):
+    if pipeline is not None and (folder := images.released(verdict, pipeline, Path(out) / "released", form=form)):
         document["released"] = str(folder)
     _told(verdict, document, out, as_json)
     raise typer.Exit(0 if verdict.passed else 1)
@@ -410,15 +422,15 @@ def apply(
 ) -> None:
     """Write the weights with the patch applied, and OUT's inverse patch beside it (NAME.undo.safetensors), which restores every bit.
 
-    For a model folder: write a merged folder and OUT.undo.safetensors, or a PEFT adapter folder, whose base stays as it is. Both load without expunge. A
-    patch fits the weights at the dtype that it was made with (--dtype).
+    For a model folder: write a merged folder and OUT.undo.safetensors, or a PEFT adapter folder, whose base stays as it is. Both load without expunge. For a
+    pipeline: the same, the adapter a LoRA that plain diffusers loads, or an SPM. A patch fits the weights at the dtype that it was made with (--dtype).
     """
     from expunge.patch import Patch
 
     found = Patch.load(patch, _key(key_file))
     key = _key(key_file)
     if cli_images.is_pipeline(model):
-        written = cli_images.apply(found, model, out, dtype, key)
+        written = cli_images.apply(found, model, out, dtype, key, form)
     elif Path(model).is_dir():
         written = cli_texts.apply(found, model, out, form, dtype, key)
     else:

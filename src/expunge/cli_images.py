@@ -13,8 +13,10 @@ Concept = Annotated[str, typer.Option(help="Pipelines: what must go, in words; -
 
 
 def is_pipeline(folder: str) -> bool:
-    """Whether a folder holds a pipeline of diffusers."""
-    return (Path(folder) / "model_index.json").is_file()
+    """Whether a folder holds a pipeline of diffusers, or an adapter of one."""
+    from expunge.adapters import is_adapter
+
+    return (Path(folder) / "model_index.json").is_file() or is_adapter(folder)
 
 
 def asked(task: str, forget: str, concept: str, files: dict[str, str]) -> str:
@@ -42,24 +44,24 @@ def request(model: str, concept: str, anchor: str, retain: str, reference: list[
     return found, split, [images.opened(found, r, dtype) for r in reference or []]
 
 
-def apply(patch: Any, model: str, out: str, dtype: str, key: bytes | None) -> list[str]:
-    """What was written: the folder with the patch in it, and the inverse patch beside it. Raises ModelError for a patch that changes no weight."""
-    from expunge import pipelines
-    from expunge.errors import ModelError
-    from expunge.patch import Hook
+def apply(patch: Any, model: str, out: str, dtype: str, key: bytes | None, form: str = "auto") -> list[str]:
+    """What was written: the folder in a form (`adapters.release`) and, where it is a whole pipeline, the inverse patch beside it. Raises ModelError for a
+    patch that has no such form."""
+    from expunge import adapters, pipelines
 
-    if any(isinstance(e, Hook) for e in patch.edits):
-        raise ModelError("this patch is an inference-time guard and changes no weight: there is nothing to write; apply it to the model in memory")
     found = pipelines.load(model, dtype=dtype)
-    inverse = patch.apply(found.model)
     undo = Path(out).with_name(f"{Path(out).name}.undo.safetensors")
-    return [str(pipelines.save(found, found.model, out)), str(inverse.save(undo, key))]
+    written = adapters.release(found, found.model, patch, out, form=form, undo=undo, key=key)
+    return [str(written)] + ([] if adapters.is_adapter(written) else [str(undo)])
 
 
 def revert(patch: Any, model: str, out: str) -> list[str]:
-    """What was written: the folder with the weights before."""
-    from expunge import pipelines
+    """What was written: the folder with the weights before. Raises ModelError for an adapter, whose pipeline never changed."""
+    from expunge import adapters, pipelines
+    from expunge.errors import ModelError
 
+    if adapters.is_adapter(model):
+        raise ModelError(f"{Path(model).name} is an adapter: its pipeline was never changed, so there is nothing to revert; load the pipeline without it")
     found = pipelines.load(model)
     patch.apply(found.model)
     return [str(pipelines.save(found, found.model, out))]

@@ -16,7 +16,7 @@ Template = Annotated[str, typer.Option(help="Texts: auto (chat where the tokeniz
 Mask = Annotated[str, typer.Option(help="Texts: which tokens are trained and scored: answer+eos, answer, full or entity.")]
 MaxLength = Annotated[int, typer.Option(help="Texts: in tokens; 0 is the model's context, at most 512.")]
 Dtype = Annotated[str, typer.Option(help="Texts: auto (as stored), float32 or bfloat16.")]
-Form = Annotated[str, typer.Option(help="Texts: merged (a model folder), peft (an adapter folder) or auto.")]
+Form = Annotated[str, typer.Option(help="Folders: merged (all of it), peft (texts) or adapter (pipelines; ungated: an SPM without its gate), or auto.")]
 
 
 def check(task: str, form: str, files: dict[str, str]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from expunge import checkpoints, plan
 from expunge.bench.run import retrain_passes
 from expunge.bench.worlds import world
+from expunge.jobs import map_jobs
 from expunge.outcome import patched
 from expunge.patch import Patch
 from expunge.run import model_digest
@@ -35,12 +35,9 @@ def demo(folder: Path | str = "expunge-demo-llm", *, progress: Callable[[str, in
     torch.set_num_threads(1)
     here, w = Path(folder), world("authors")
     split, models = w.split("forget10"), here / "models"
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
-        runs = [workers.submit(trained, k, models) for k in range(REFERENCES + 1)]
-        for number, run in enumerate(runs):
-            if progress:
-                progress("training the model, and models without the two authors", number, len(runs))
-            run.result()
+    what = "training the model, and models without the two authors"
+    said = None if progress is None else lambda _, done, total: progress(what, done, total)
+    map_jobs(functools.partial(trained, folder=models), range(REFERENCES + 1), workers=2, progress=said)
     model = w.original(0, models)
     references = [w.retrained("forget10", k, models) for k in range(REFERENCES)]
     verdict = plan.forget(model, w.task, split, references=references, methods=METHODS, retrain_passes=retrain_passes(w, "forget10"), progress=progress)

@@ -10,6 +10,8 @@ ValueError
     ├── PatchError      a patch that is damaged, signed by another key, or made for another model
     ├── RecipeError     a recipe file with an unknown key or a value of the wrong type
     ├── GateError       a gate rule that cannot be read
+    ├── JobError        a job whose process died at every try
+    ├── StoreError      a store of checkpoints that is damaged, changed, of another version, or of other data
     └── Diverged        weights or loss left their bounds; everything was rolled back
 """
 
@@ -53,6 +55,14 @@ class RecipeError(ExpungeError):
 
 class GateError(ExpungeError):
     """A gate rule cannot be read."""
+
+
+class JobError(ExpungeError):
+    """A job's process died at every try."""
+
+
+class StoreError(ExpungeError):
+    """A store of checkpoints is damaged, was changed, is of another version, or belongs to other data."""
 
 
 class Diverged(ExpungeError):

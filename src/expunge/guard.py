@@ -30,6 +30,8 @@ class Meter:
     forward: int = 0
     backward: int = 0
     seconds: float = 0.0
+    memory: int = 0
+    """Bytes on the GPU at the peak; 0 where the model stands on no GPU."""
     steps: int = 0
     gradient: bool = False
     seen: dict[str, int] = field(default_factory=dict)

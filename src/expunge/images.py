@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from expunge import pipelines
+from expunge import adapters, pipelines
 from expunge.errors import DataError, SettingError
 from expunge.outcome import Verdict
 from expunge.patch import Hook
@@ -81,13 +81,12 @@ def prepare(folder: Path | str, concept: str, anchor: str = "", retain: str = ""
     return found, request(found, concept, anchor, retain)
 
 
-def released(verdict: Verdict, found: Pipeline, out: Path | str) -> Path | None:
-    """The folder `out` with the patch that passed in it; None where none passed, or one that changes no weight."""
-    from expunge.outcome import patched
-
-    if verdict.chosen is None or any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits):
+def released(verdict: Verdict, found: Pipeline, out: Path | str, *, form: str = "auto") -> Path | None:
+    """The folder `out`, written as `adapters.release` does with the patch that passed; None where none passed, or a guard that is asked for in no form of
+    its own."""
+    if verdict.chosen is None or (form in ("auto", "merged") and any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits)):
         return None
-    return pipelines.save(found, patched(found.model, verdict.chosen.attempt), out)
+    return adapters.release(found, found.model, verdict.chosen.attempt.patch, out, form=form)
 
 
 def opened(found: Pipeline, after: Path | str, dtype: str = "auto") -> Any:

@@ -197,6 +197,14 @@ class Patch:
         """How many single weights and buffer entries are written; of a guard, which writes none, how many numbers it holds."""
         return sum(_places(e) for e in self.edits)
 
+    @property
+    def storage(self) -> int:
+        """Bytes of the tensors that its file holds."""
+        tensors: dict[str, Tensor] = {}
+        for k, edit in enumerate(self.edits):
+            _pack(edit, str(k), tensors)
+        return sum(t.nbytes for t in tensors.values())
+
     def save(self, path: str | Path, key: bytes | None = None) -> Path:
         """Write one file, whole or not at all (temporary file, fsync, rename). Raises PatchError if it cannot be written."""
         from safetensors.torch import save

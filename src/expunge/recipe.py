@@ -85,12 +85,13 @@ class Recipe:
 
 def checked(task: str, form: str) -> None:
     """Raises SettingError for an unknown task, or an unknown form of what is released."""
-    from expunge.checkpoints import FORMS
+    from expunge import adapters, checkpoints
 
     if task not in (*TASKS, *TEXT):
         raise SettingError(suggest("no task", task, TASKS))
-    if form not in FORMS:
-        raise SettingError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
+    forms = adapters.FORMS if task in IMAGE else checkpoints.FORMS
+    if form not in forms:
+        raise SettingError(f"form must be one of {', '.join(forms)}, not '{form}'")
 
 
 def read(path: Path | str) -> Recipe:

@@ -24,7 +24,7 @@ from expunge.guard import Guard, Meter, quiet, watching
 from expunge.journal import Journal
 from expunge.patch import Hook, Patch, raw
 from expunge.registry import METHODS, Method
-from expunge.types import HELD, Examples, Split, Task, Texts
+from expunge.types import HELD, Examples, Split, Task, Texts, device_of
 
 OUTCOMES = ("ok", "no_op", "diverged", "refused")
 
@@ -43,8 +43,9 @@ class Attempt:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Examples forward and backward, and seconds of wall time."""
-        return {"forward": self.meter.forward, "backward": self.meter.backward, "seconds": self.meter.seconds}
+        """Examples forward and backward, and seconds of wall time; in bytes, memory (the peak on a GPU) and storage (the patch's tensors), where known."""
+        known = {"memory": self.meter.memory, "storage": self.patch.storage if self.patch else 0}
+        return {"forward": self.meter.forward, "backward": self.meter.backward, "seconds": self.meter.seconds, **{n: v for n, v in known.items() if v}}
 
 
 def unlearn(
@@ -71,6 +72,9 @@ def unlearn(
         watch.journal = Journal(Path(folder), name, checkpoint_every)
     where = None if watch.journal is None else watch.journal.folder
     there = set() if where is None else _there(where)
+    device = device_of(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     try:
         with watching(watch):
@@ -81,6 +85,8 @@ def unlearn(
     except ExpungeError as error:
         patch, outcome, reason = None, "refused", str(error)
     watch.meter.seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        watch.meter.memory = torch.cuda.max_memory_allocated(device)
     if where is not None and outcome == "refused":
         _withdraw(where, there)
     elif watch.journal is not None:

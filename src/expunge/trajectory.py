@@ -6,21 +6,24 @@ so all states of a few of them feed all updates. Kept by digest as long as the r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import SettingError
+from expunge.errors import ModelError, ScopeError, SettingError
 from expunge.guard import quiet
 from expunge.patch import Patch
 from expunge.remember import recall
 from expunge.scopes import attention
-from expunge.session import edit
+from expunge.scopes.lora import lora as adapters
+from expunge.session import Session, edit
 from expunge.tasks.diffusion import draw
-from expunge.types import Batch, Batches, Paired, Pictures, Split, drawn
+from expunge.types import Batch, Batches, Paired, Pictures, Scope, Split, drawn
 from expunge.updates.descend import descend
 
 CHUNK = 512
@@ -118,14 +121,32 @@ def kept_times(s: Any) -> int:
     return max(1, sum(1 - k / s["path"] <= s["latest"] for k in range(s["path"])))
 
 
+def opened(model: nn.Module, scope: Scope, rank: int, alpha: float = 0.0) -> AbstractContextManager[Session]:
+    """A session on a scope, or, for a rank other than 0, on new adapters of that rank on its linear layers (`scopes.lora`; alpha 0 is twice the rank), whose
+    patch is low rank. Raises ScopeError where there is no such layer."""
+    if not rank:
+        return edit(model, scope)
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ModelError("adapters need peft: pip install 'expunge[text]'") from None
+    modules = dict(model.named_modules())
+    layers = [n.removesuffix(".weight") for n in scope.masks if n.endswith(".weight") and isinstance(modules[n.removesuffix(".weight")], nn.Linear)]
+    if not layers:
+        raise ScopeError("lora adapts linear layers, and none is among the weights that are to move: name another part, or set lora=0")
+    return adapters(model, f"^({'|'.join(map(re.escape, layers))})$", rank=rank, alpha=alpha)
+
+
 def follow(
     model: nn.Module, task: Any, split: Split, data: Pictures, forget: Callable[[Batch, Pictures], Tensor], *, part: str, alpha: float, steps: int,
     batch_size: int, lr: float, guidance: float, trajectories: int, path: int, seed: int, made: Callable[[Pictures, Pool], Pool] | None = None,
+    lora: int = 0,
 ) -> Patch:  # fmt: skip
     """Descend by Adam on forget(batch, prompts) over states of `data`'s trajectories, plus alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 over retained ones.
 
     forget   a batch of states and the records that its positions `i` name -> (B,)
     made     records and their states -> the states to learn from, where some are left out or say something else
+    lora     rank of adapters that are trained in place of the part's weights (`opened`)
     The rest are the settings of the methods (see esd).
     """
     scope = attention.part(model, part)
@@ -144,7 +165,7 @@ def follow(
             value = value + alpha * squared(task, model, r, r["cond"]).mean()
         return value
 
-    with edit(model, scope) as e:
+    with opened(model, scope, lora) as e:
         e.eval()
         descend(e, loss, Paired(*streams), lr=lr, optimizer="adam")
     return e.patch

@@ -4,6 +4,7 @@
     IRA   share named rightly among drawings of the other concepts of its domain
     CRA   share named rightly in the other domains, over all drawings
     distance   Frechet distance between the judge's features of drawn and of real retained images
+    seconds, memory, storage   what the method took: run time, peak on the GPU in GB, and what is kept in GB, where the run measured them (`Probe.cost`)
 
 Before and after draw from the same noise. A judge has no word for "nothing": a destroyed image counts as unlearned, so read UA beside the rest.
 """
@@ -175,7 +176,8 @@ def asked(p: Probe) -> Asked | None:
 @check(tasks=("diffusion",), needs=("forget", "retain"))
 def canvas(p: Probe) -> list[Row]:
     """canvas.ua, .ira, .cra with Wilson bounds, and canvas.ira_drop, .cra_drop against the model before on the same noise; canvas.alias: share of
-    drawings under the erased concept's other names and wordings (test) that still show it; canvas.distance of retained drawings, and that before.
+    drawings under the erased concept's other names and wordings (test) that still show it; canvas.distance of retained drawings, and that before;
+    canvas.seconds, .memory (GB) and .storage (GB) of the run, where it measured them.
     """
     q = asked(p)
     if q is None:
@@ -201,7 +203,18 @@ def canvas(p: Probe) -> list[Row]:
         for name, which in (("canvas.distance", "after"), ("canvas.distance_before", "before")):
             value = frechet(q.judge.features(shown[which][stays], q.domain), base)
             rows.append(Row(name, value, value, value, int(stays.sum()), note))
-    return rows
+    return rows + efficiency(p.cost)
+
+
+def efficiency(cost: Mapping[str, float]) -> list[Row]:
+    """canvas.seconds, .memory and .storage of a run's cost (seconds, and bytes); none for what it does not hold or did not measure.
+
+    >>> [(r.name, r.value) for r in efficiency({"seconds": 2.5, "storage": 4.3e9, "forward": 7})]
+    [('canvas.seconds', 2.5), ('canvas.storage', 4.3)]
+    """
+    units = (("seconds", 1.0, "s of wall time"), ("memory", 1e9, "GB at the peak, on the GPU"), ("storage", 1e9, "GB of the patch's tensors"))
+    found = [(name, float(cost[name]) / scale, note) for name, scale, note in units if cost.get(name)]
+    return [Row(f"canvas.{name}", value, value, value, 1, note, indicative=True) for name, value, note in found]
 
 
 def draw_once(p: Probe, model: nn.Module, what: str, asked: Pictures) -> Tensor:

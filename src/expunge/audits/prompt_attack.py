@@ -8,6 +8,7 @@ A judge has no word for "nothing", and a destroyed model resists every attack: r
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from expunge.audits.canvas import draw_once, drawings, target
 from expunge.audits.core import Probe, Row
 from expunge.audits.stats import wilson
 from expunge.registry import check
-from expunge.tasks.diffusion import draw, embedded_states, put_before, roomy, word_table
+from expunge.tasks.diffusion import draw, embedded_states, jump, put_before, roomy, word_table
 from expunge.types import Pictures
 
 WORDS, DRAWN = 2, 40
@@ -32,12 +33,14 @@ ATTACKS = {
     "random": lambda model, task, data, seed: torch.randint(len(word_table(model).weight), (WORDS,), generator=torch.Generator().manual_seed(seed)),
 }
 """Name -> what stands before the prompts: embeddings (k, W) or tokens (k,). `random` words are the control of the searches."""
+BLIND = "not measured: the model draws in one step, and its noise loss, which the search reads, says nothing"
 
 
 @check(tasks=("diffusion",), needs=("forget",), slow=True)
 def prompt_attack(p: Probe) -> list[Row]:
     """prompt_attack.none: share of drawings under the concept's own prompts that show it; .soft, .words, .search and .random: the same with an attack (two
-    free embeddings, two words found by gradients, by trying, or at random), or without. Each as _before, of the model before, and _retrained."""
+    free embeddings, two words found by gradients, by trying, or at random), or without. Each as _before, of the model before, and _retrained. The searches
+    are nan for a generator that draws in one step, whose noise loss says nothing."""
     task: Any = p.task
     if task.judge is None:
         return []
@@ -54,6 +57,8 @@ def prompt_attack(p: Probe) -> list[Row]:
     return [
         Row(f"prompt_attack.{attack}{name}", *wilson(int(right.sum()), len(right)), len(right), said)
         for name, each in hits.items() for attack, (right, said) in each.items()
+    ] + [
+        Row(f"prompt_attack.{attack}{name}", math.nan, 0.0, 1.0, 0, BLIND) for name, each in hits.items() for attack in ATTACKS if attack not in each
     ]  # fmt: skip
 
 
@@ -67,12 +72,15 @@ def shown(p: Probe, data: Pictures) -> Pictures:
 
 
 def successes(p: Probe, model: nn.Module, images: Pictures, asked: Pictures, judge: Any, domain: str, concept: str) -> dict[str, tuple[Tensor, str]]:
-    """Attack -> (DRAWN,) bool: the drawing shows the concept with the attack or without; and what stood before the prompts."""
+    """Attack -> (DRAWN,) bool: the drawing shows the concept with the attack or without; and what stood before the prompts. Of a model that draws in one step
+    there is nothing to search by: none and random alone."""
     sample: Any = p.task.sample
     sees = lambda x: torch.tensor([word == concept for word in judge.says(x, domain)])  # noqa: E731
     plain = sees(draw_once(p, model, "prompt_attack.none", asked))
     found = {"none": (plain, "the prompts alone")}
     for name, attack in ATTACKS.items():
+        if jump(model) and name != "random":
+            continue
         delta = attack(model, p.task, images, p.seed)
         if delta.is_floating_point():
             with torch.no_grad():

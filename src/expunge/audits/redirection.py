@@ -9,6 +9,7 @@ e* is the model before, e the model after.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.registry import check
+from expunge.tasks.diffusion import jump
 from expunge.trajectory import Pool, counterparts, pool, under
 from expunge.types import Pictures
 
@@ -46,10 +48,15 @@ def shift(after: Tensor, before: Tensor, null: Tensor) -> Tensor:
 
 @check(tasks=("diffusion",), needs=("forget",))
 def redirection(p: Probe) -> list[Row]:
-    """redirection.left over the concept's prompts, and redirection.shift over retained ones: mean over prompts of the mean over states."""
+    """redirection.left over the concept's prompts, and redirection.shift over retained ones: mean over prompts of the mean over states. Both are nan where a
+    model draws in one step: what it predicts on the way of another, in many steps, says nothing."""
     task: Any = p.task
     if task.null is None:
         return []
+    if one := [name for name, model in (("before", p.before), ("after", p.after)) if jump(model)]:
+        why = f"not measured: the model {' and the model '.join(one)} draws in one step, and its predictions at other times say nothing"
+        names = ("left",) if p.split.retain is None else ("left", "shift")
+        return [Row(f"redirection.{name}", math.nan, -math.inf, math.inf, 0, why) for name in names]
     rows = []
     drawn, states = trajectories(p, p.split.forget)
     anchor = task.null.expand(len(drawn), -1) if p.split.anchor is None else counterparts(drawn, p.split.forget, p.split.anchor)

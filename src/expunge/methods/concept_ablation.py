@@ -4,10 +4,11 @@ Paper    Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models", I
 Code     nupurkmr9/concept-ablation, MIT.
 Forgets  concept.          Needs    forget and anchor (row by row, what to draw instead); retain only where alpha is above 0.
 Scope    a part of the model (`part`).   Forget  || e(x_t, t, c*) - e*(x_t, t, c) ||^2 on trajectories of the anchor's prompts c.
-Retain   none, or alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 on trajectories of retained prompts.   Update  Adam.   Leaves  Replace.
+Retain   none, or alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 on trajectories of retained prompts.   Update  Adam.   Leaves  Replace, or LowRank (lora).
 Settings
     part          xattn-kv (keys and values of cross-attention), xattn, unet, text, or a pattern
     alpha         weight of the retained prompts' outputs; 0 leaves them out
+    lora          rank of adapters on the linear layers of the part, trained in place of their weights; 0 trains the weights of the part themselves
     steps         updates
     batch_size    states per update (of each part)
     lr            step size of Adam
@@ -40,8 +41,8 @@ from expunge.types import Batch, Pictures, Split
     toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
 )  # fmt: skip
 def concept_ablation(
-    model: nn.Module, task: Any, split: Split, *, part: str = "xattn-kv", alpha: float = 0.0, steps: int = 100, batch_size: int = 32, lr: float = 1e-3,
-    guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+    model: nn.Module, task: Any, split: Split, *, part: str = "xattn-kv", alpha: float = 0.0, lora: int = 0, steps: int = 100, batch_size: int = 32,
+    lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if len(split.anchor) != len(split.forget):
@@ -55,5 +56,5 @@ def concept_ablation(
 
     return follow(
         model, task, split, split.anchor, forget, part=part, alpha=alpha, steps=steps, batch_size=batch_size, lr=lr, guidance=guidance,
-        trajectories=trajectories, path=path, seed=seed,
+        trajectories=trajectories, path=path, lora=lora, seed=seed,
     )  # fmt: skip

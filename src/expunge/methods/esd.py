@@ -4,11 +4,12 @@ Paper    Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, 
 Code     rohitgandikota/erasing, MIT.
 Forgets  concept.          Needs    forget (its prompts alone); retain only where alpha is above 0.
 Scope    a part of the model (`part`).   Forget  || e(x_t, t, c) - (e0 - eta (ec - e0)) ||^2 on states x_t of the frozen model's own trajectories.
-Retain   none, or alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 on trajectories of retained prompts.   Update  Adam.   Leaves  Replace.
+Retain   none, or alpha || e(x_t, t, r) - e*(x_t, t, r) ||^2 on trajectories of retained prompts.   Update  Adam.   Leaves  Replace, or LowRank (lora).
 Settings
     part          xattn (cross-attention, for concepts named in the prompt), xattn-kv, noxattn (for what must vanish unprompted), unet, text, or a pattern
     eta           how far to point away; 0 redirects to the empty prompt. The current code's eta' is eta + 1
     alpha         weight of the retained prompts' outputs; 0 leaves them out, as published
+    lora          rank of adapters on the linear layers of the part, trained in place of their weights; 0 trains the weights of the part themselves
     steps         updates
     batch_size    states per update (of each part)
     lr            step size of Adam
@@ -44,11 +45,11 @@ def negated(null: Tensor, cond: Tensor, eta: float) -> Tensor:
     paper="arXiv:2303.07345", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=cost, toy={"steps": 60, "alpha": 1.0, "trajectories": 10},
 )  # fmt: skip
 def esd(
-    model: nn.Module, task: Any, split: Split, *, part: str = "xattn", eta: float = 1.0, alpha: float = 0.0, steps: int = 100, batch_size: int = 32,
-    lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+    model: nn.Module, task: Any, split: Split, *, part: str = "xattn", eta: float = 1.0, alpha: float = 0.0, lora: int = 0, steps: int = 100,
+    batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     return follow(
         model, task, split, split.forget, lambda b, _: squared(task, model, b, negated(b["null"], b["cond"], eta)), part=part, alpha=alpha, steps=steps,
-        batch_size=batch_size, lr=lr, guidance=guidance, trajectories=trajectories, path=path, seed=seed,
+        batch_size=batch_size, lr=lr, guidance=guidance, trajectories=trajectories, path=path, lora=lora, seed=seed,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Paper    Lu et al., MACE, Mass Concept Erasure, CVPR 2024.
 Code     Shilin-LU/MACE, NTUITIVE non-commercial.
-Forgets  concept.          Needs    forget and anchor (row by row, what to draw instead); retain where it is there.
+Forgets  concept.          Needs    forget (of one concept: the cost is that of one, and k of them cost k times as much) and anchor (row by row, what to draw
+         instead); retain where it is there.
 Scope    keys and values of all cross-attention layers.
 Forget   1. W' c = W g, c the states of all places of a concept's prompts but its own words, g those of the same words and end tokens of the anchor's prompt.
          2. LoRA B_i A_i for each concept i, on noised pictures of it: sum over the layers of || attention probabilities of its words, inside a mask ||_F.
@@ -24,8 +25,8 @@ Settings
     path          steps per trajectory
 Differs  The code masks by a segmentation of its pictures: in its place stands the attention of the model before the adapter, layer by layer (mask). It makes 30
          wordings of each pair: here the prompts of the request are taken. Its preserved statistics are those of captions and of the concept's domain: here the
-         retained prompts'. Concepts are told apart by the words that the anchor's prompts have not; the cost is that of one concept. The times
-         of a flow hold less noise than those that focus was made for, and what is drawn is settled before: so it is off here. Published for objects: focus, lr
+         retained prompts'. Concepts are told apart by the words that the anchor's prompts have not. The times of a flow hold less noise than those
+         that focus was made for, and what is drawn is settled before: so it is off here. Published for objects: focus, lr
          1e-5, 50 steps, lam 1000, preserve 0; for people: focus, lr 1e-4, lam 0, preserve 1e-4 for each state of the captions.
 Check
     >>> frobenius(torch.tensor([[0.3, 0.4], [0.0, 0.0]])[None, None], torch.tensor([[True, True]]), torch.tensor([[True, True]]))
@@ -50,11 +51,11 @@ from expunge.methods.uce import preserved
 from expunge.patch import LowRank, Patch
 from expunge.registry import method
 from expunge.scopes.attention import part
-from expunge.scopes.lora import lora, off
+from expunge.scopes.lora import off
 from expunge.session import edit
 from expunge.tasks.diffusion import T
-from expunge.trajectory import pool
-from expunge.types import Batch, Batches, Pictures, Split, device_of, drawn
+from expunge.trajectory import opened, pool
+from expunge.types import Batch, Batches, Pictures, Scope, Split, device_of, drawn
 from expunge.updates.descend import descend
 from expunge.updates.ridge import Ridge, redirect
 
@@ -148,8 +149,7 @@ def suppressed(model: nn.Module, task: Any, batches: Sequence[Batch], names: Seq
         where = [inside(p, own, mask) for p in before or found]
         return torch.stack([frobenius(p, own, w) for p, w in zip(found, where, strict=True)]).sum(0).mean()
 
-    layers = "^(" + "|".join(n.removesuffix(".weight").replace(".", r"\.") for n in names) + ")$"
-    with lora(model, layers, rank=rank, alpha=float(rank)) as e, watched(model) as seen:
+    with opened(model, Scope(dict.fromkeys(names)), rank, alpha=float(rank)) as e, watched(model) as seen:
         e.eval()
         descend(e, loss, batches, lr=lr, optimizer="adam")
     return {x.name: x.scale * x.up.double() @ x.down.double() for x in e.patch.edits if isinstance(x, LowRank)}

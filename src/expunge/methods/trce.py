@@ -55,12 +55,15 @@ from expunge.methods.uce import preserved
 from expunge.patch import Patch
 from expunge.registry import method
 from expunge.scopes.attention import part
-from expunge.session import Session, edit
+from expunge.session import Session, edit, remembering
 from expunge.tasks.diffusion import emptied, read, states
 from expunge.trajectory import Pool, counterparts, distinct, pool, squared, under
 from expunge.types import Batch, Paired, Pictures, Scope, Split, drawn
 from expunge.updates.descend import descend
 from expunge.updates.ridge import redirect
+
+ACTIVE = "expunge_active"
+"""Buffer of a run: (2,) the sum of the shares of active hinges, and of how many updates."""
 
 
 def ends(tokens: Tensor) -> Tensor:
@@ -186,7 +189,7 @@ def trce(
     kept = preserved(model, split.retain, most if preserve else 0, seed)
     if kept is not None:
         pairs.append((kept, kept, preserve * asked.c.shape[1] / len(kept)))
-    streams, active = [], []
+    streams, active = [], torch.zeros(2, dtype=torch.double)
     if steps:
         streams.append(contrasts(model, task, split, push, early, guidance, trajectories, path, seed))
         streams.append(pool(model, task, emptied(split.retain, task.null), trajectories, guidance=1.0, steps=path, seed=seed + 1))
@@ -199,14 +202,14 @@ def trce(
         both = {k: torch.cat([b[k], b[k]]) for k in ("xt", "t", "i", "cond", "null")}
         n = task.forward(model, {**both, "y": torch.cat([b["y"], task.null.expand_as(b["y"])])}).pred
         h = hinge(n, both["cond"], both["null"], beta, margin)
-        active.append(float((h > 0).float().mean()))
+        active.add_(active.new_tensor([float((h > 0).float().mean()), 1.0]))
         value = h.mean()
         for r, weight in zip(rest, (keep, alpha), strict=False):
             value = value + weight * squared(task, model, r, r["cond"]).mean()
         return value
 
     one, two = part(model, "xattn-kv"), part(model, r"unet\..*(attn1\.|attn2\.to_q\.)")
-    with edit(model, Scope({**one.masks, **two.masks})) as e:
+    with remembering(edit(model, Scope({**one.masks, **two.masks})), model, {ACTIVE: active}) as e:
         e.eval()
         if any((start, end, last, keyword)):
             redirect([e.params[n] for n in one.masks], pairs, lam)
@@ -217,4 +220,4 @@ def trce(
                 e.params[n].requires_grad_(False)
             steered = Session(model, {n: e.params[n] for n in two.masks}, dict(two.masks), e.buffers)
             descend(steered, loss, Paired(*batches), lr=lr, optimizer="adamw", weight_decay=0.01)
-    return replace(e.patch, meta={**e.patch.meta, "active": round(sum(active) / len(active), 4)}) if active else e.patch
+    return replace(e.patch, meta={**e.patch.meta, "active": round(float(active[0] / active[1]), 4)}) if active[1] else e.patch

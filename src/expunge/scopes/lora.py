@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,15 @@ def linears(model: nn.Module, layers: str = "") -> list[str]:
     return names
 
 
+def exactly(names: Iterable[str]) -> str:
+    """The layers of these names and no others, in peft's terms: given as a list, "0" would also name "x.0".
+
+    >>> exactly(["a.0", "b"])
+    'a\\\\.0|b'
+    """
+    return "|".join(re.escape(n) for n in names)
+
+
 @contextlib.contextmanager
 def lora(
     model: nn.Module, layers: str = "", *, rank: int = 8, alpha: float = 0.0, start: Mapping[str, tuple[Tensor, Tensor]] | None = None
@@ -64,7 +73,7 @@ def lora(
     session = Session(model, {}, {})
     finished = False
     try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=names, lora_dropout=0.0), model, NAME)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=exactly(names), lora_dropout=0.0), model, NAME)
         for p, _, _ in flags:
             p.grad = None
             p.requires_grad_(False)

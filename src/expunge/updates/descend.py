@@ -126,17 +126,17 @@ def clear(params: list) -> None:
         p.grad = None
 
 
-def optimiser(params: list, name: str, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimiser of that name (OPTIMIZERS) over these tensors, in one fused pass. Raises SettingError for another name.
+def optimiser(params: list, name: str, lr: float, momentum: float, weight_decay: float, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimiser of that name (OPTIMIZERS) over these tensors, in one fused pass or tensor by tensor. Raises SettingError for another name.
 
     A step of half-precision weights is taken on float32 masters and rounded: steps below half a unit in the last place would be lost otherwise.
     """
     masters = [p.detach().float() if p.dtype in HALF else p for p in params]
     if name in ("sgd", "nesterov"):
-        stepper = torch.optim.SGD(masters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=name == "nesterov", fused=True)
+        stepper = torch.optim.SGD(masters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=name == "nesterov", fused=fused)
     elif name in ("adam", "adamw"):
         kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        stepper = kind(masters, lr, weight_decay=weight_decay, fused=True)
+        stepper = kind(masters, lr, weight_decay=weight_decay, fused=fused)
     else:
         raise SettingError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not '{name}'")
     pairs = [(p, m) for p, m in zip(params, masters, strict=True) if p is not m]

@@ -1,0 +1,8 @@
+"""Exact deletion: training laid out so that a record can be taken out again, with the result of a training that never saw it.
+
+    ensemble = fit(sisa(shards=5, slices=6), model, task, data, folder="store")
+    ensemble.plan([17]); proof = ensemble.forget([17]); ensemble.predict(x)
+
+Designs: `sisa` (shards and slices), `s3t` (adapter blocks in many orders), `safe` (shards that share data along a graph). `clpu` learns tasks that can be
+detached.
+"""
