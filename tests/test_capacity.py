@@ -18,7 +18,7 @@ from expunge.exact import capacity_plots, costs
 from expunge.exact.capacity import order, served, spend, table
 from expunge.exact.recommend import grid, recommend
 from expunge.exact.sequences import checkpoints, choose, cyclic, longest, matching, sampling, score, surviving
-from expunge.exact.systems import Design, Stream, merged, weights
+from expunge.exact.systems import System, Stream, merged, weights
 from expunge.exact.volumes import MAX_BYTES, read
 from expunge.report.page import page
 
@@ -105,7 +105,7 @@ def test_graphs_refuse():
 # simulation against a slow one in plain Python
 
 
-def slow(design: Design, cells: list[int], batches: tuple[int, ...]) -> tuple[float, float, int]:
+def slow(design: System, cells: list[int], batches: tuple[int, ...]) -> tuple[float, float, int]:
     """Cost, shards trained again and checkpoints at the end of one run, one request after another; prefixes by `surviving`."""
     S, L, e = design.shards, design.slices, costs.epochs(design.epochs, design.slices)
     held = {(d, s): int(design.sizes[d, s]) for d in range(S) for s in range(L)}
@@ -141,7 +141,7 @@ def slow(design: Design, cells: list[int], batches: tuple[int, ...]) -> tuple[fl
     return cost, again, stored
 
 
-def slow_served(design: Design, cells: list[int]) -> tuple[int, int]:
+def slow_served(design: System, cells: list[int]) -> tuple[int, int]:
     """Requests until the last and the first shard dies."""
     gone: set[int] = set()
     first = 0
@@ -159,16 +159,16 @@ def slow_served(design: Design, cells: list[int]) -> tuple[int, int]:
 
 
 SMALL = [
-    Design("sisa", 40, 3),
-    Design("sisa", 41, 3, 4, epochs=7),
-    Design("sisa", 60, 3, 2, placing="aware", prior="exponential"),
-    Design("s3t", 48, 3, 3, 1),
-    Design("s3t", 48, 2, 3, 5, epochs=2),
-    Design("s3t", 50, 2, 4, 4, floor=2),
-    Design("s3t", 60, 2, 4, 3, placing="aware", prior="exponential", choice="matching"),
-    Design("s3t", 48, 2, 4, 3, floor=3, placing="contiguous", choice="sampling"),
-    Design("safe", 40, 4, graph="cliques"),
-    Design("safe", 40, 4, graph=((1,), (), (0, 1), (2,))),
+    System("sisa", 40, 3),
+    System("sisa", 41, 3, 4, epochs=7),
+    System("sisa", 60, 3, 2, placing="aware", prior="exponential"),
+    System("s3t", 48, 3, 3, 1),
+    System("s3t", 48, 2, 3, 5, epochs=2),
+    System("s3t", 50, 2, 4, 4, floor=2),
+    System("s3t", 60, 2, 4, 3, placing="aware", prior="exponential", choice="matching"),
+    System("s3t", 48, 2, 4, 3, floor=3, placing="contiguous", choice="sampling"),
+    System("safe", 40, 4, graph="cliques"),
+    System("safe", 40, 4, graph=((1,), (), (0, 1), (2,))),
 ]
 
 
@@ -190,7 +190,7 @@ def test_simulation_is_that_of_a_slow_one(design, kind):
 def test_the_simulation_of_the_card():
     """5 shards, 6 slices, uniform, 1000 runs: served 67.3 (36), 87.5, 99.2, 107.7, 115.2, 121.4 (37) for budgets 1..6, within 5 %."""
     card = {1: 67.3, 2: 87.5, 3: 99.2, 4: 107.7, 5: 115.2, 6: 121.4}
-    found = {b: served(Design("s3t", 6000, 5, 6, b), runs=1000).all for b in card}
+    found = {b: served(System("s3t", 6000, 5, 6, b), runs=1000).all for b in card}
     for b, want in card.items():
         assert found[b].mean == pytest.approx(want, rel=0.05) and found[b].mean == pytest.approx(costs.expected_served(5, 6, b), rel=0.05)
         assert found[b].low < found[b].mean < found[b].high and found[b].n == 1000
@@ -199,14 +199,14 @@ def test_the_simulation_of_the_card():
 
 
 def test_cost_per_request_follows_the_closed_form():
-    design = Design("sisa", 60000, 5, 6)
+    design = System("sisa", 60000, 5, 6)
     found = spend(design, requests=200, runs=100)
     assert found.share.mean == pytest.approx(costs.share(5, 6), rel=0.03)  # 20 epochs make 20.2 passes; few records are gone
-    together = spend(Design("sisa", 60000, 8), Stream(batches=(10,)), 200, runs=100)
+    together = spend(System("sisa", 60000, 8), Stream(batches=(10,)), 200, runs=100)
     assert together.trained.mean / 20 == pytest.approx(costs.affected(8, 10), rel=0.02)
-    star = Design("safe", 1000, 10, graph="safe", protected=(0,), epochs=1)
+    star = System("safe", 1000, 10, graph="safe", protected=(0,), epochs=1)
     assert spend(star, requests=1, runs=5).cost.mean == 199  # the deleted record is not trained on again
-    assert spend(Design("safe", 1000, 10, graph="complete", epochs=1), requests=1, runs=5).cost.mean == 9990
+    assert spend(System("safe", 1000, 10, graph="complete", epochs=1), requests=1, runs=5).cost.mean == 9990
 
 
 # streams
@@ -214,16 +214,16 @@ def test_cost_per_request_follows_the_closed_form():
 
 def test_adversary_hits_the_first_slices_only():
     for b in range(1, 9):
-        assert served(Design("s3t", 300, 5, 6, b), Stream("adversarial")).all.mean == 5 * min(b, 6)
-    found = spend(Design("sisa", 600, 5, 6), Stream("adversarial"), 10)
-    plain = spend(Design("sisa", 600, 5, 6), requests=10, runs=50)
+        assert served(System("s3t", 300, 5, 6, b), Stream("adversarial")).all.mean == 5 * min(b, 6)
+    found = spend(System("sisa", 600, 5, 6), Stream("adversarial"), 10)
+    plain = spend(System("sisa", 600, 5, 6), requests=10, runs=50)
     assert found.cost.n == 1 and found.cost.low == found.cost.high > 1.2 * plain.cost.high
-    assert spend(Design("s3t", 600, 5, 6, 6), Stream("adversarial"), 60).trained.mean == 10  # every sixth request
-    assert spend(Design("s3t", 600, 5, 6, 1), Stream("adversarial"), 60).trained.mean == 60
-    cliques = served(Design("safe", 100, 10, graph="cliques"), Stream("adversarial"))
+    assert spend(System("s3t", 600, 5, 6, 6), Stream("adversarial"), 60).trained.mean == 10  # every sixth request
+    assert spend(System("s3t", 600, 5, 6, 1), Stream("adversarial"), 60).trained.mean == 60
+    cliques = served(System("safe", 100, 10, graph="cliques"), Stream("adversarial"))
     assert (cliques.all.mean, cliques.first.mean) == (5, 1)
     # in a star the harmful place is the one that all others read
-    star = Design("safe", 100, 10, graph="safe", epochs=1)
+    star = System("safe", 100, 10, graph="safe", epochs=1)
     assert spend(star, Stream("adversarial"), 1).cost.mean == 9 + 9 * 19
     assert spend(replace(star, protected=(0,)), Stream("adversarial"), 1).cost.mean == 19
 
@@ -236,7 +236,7 @@ def test_greedy_adversary_is_no_worse_than_chance():
 
 def test_a_known_prior_helps_and_a_requester_who_knows_it_undoes_that():
     prior, n = Stream("exponential"), 1200
-    unknown, known = Design("s3t", n, 4, 4, 2), Design("s3t", n, 4, 4, 2, choice="matching", placing="aware", prior="exponential")
+    unknown, known = System("s3t", n, 4, 4, 2), System("s3t", n, 4, 4, 2, choice="matching", placing="aware", prior="exponential")
     plain, better = served(unknown, prior, runs=300).all, served(known, prior, runs=300).all
     assert better.low > 1.2 * plain.high
     assert served(known, Stream("blind")).all.mean == 4 * 2 == served(unknown, Stream("adversarial")).all.mean  # its places follow from the prior
@@ -252,13 +252,13 @@ def test_distribution_aware_split_balances_requests():
     assert len(mass) == 5 and mass.max() / mass.min() < 2
     halves = np.add.reduceat(w, np.arange(0, 600, 120))
     assert halves.max() / halves.min() > 5  # contiguous shards are not
-    known = Design("sisa", 600, 5, 3, placing="aware", prior="exponential")
+    known = System("sisa", 600, 5, 3, placing="aware", prior="exponential")
     by_slice = np.bincount(known.cells, w).reshape(5, 3) / known.sizes
     assert (np.diff(by_slice) > 0).all()  # least asked for first
 
 
 def test_listed_requests():
-    design = Design("s3t", 60, 2, 3, 1, placing="contiguous")  # places 0..5 of 10 records
+    design = System("s3t", 60, 2, 3, 1, placing="contiguous")  # places 0..5 of 10 records
     found = served(design, Stream("listed", ids=(15, 3, 40, 30)), runs=2)
     assert (found.all.mean, found.first.mean, found.open) == (4, 2, 0)
     assert served(design, Stream("listed", ids=(15, 3)), runs=2).open == 1
@@ -270,13 +270,13 @@ def test_listed_requests():
 
 
 def test_listed_requests_at_random_places_end_in_time():
-    design = Design("s3t", 60, 2, 3, 3)
+    design = System("s3t", 60, 2, 3, 3)
     short, whole = served(design, Stream("listed", ids=(1, 2, 3)), runs=30), served(design, Stream("listed", ids=tuple(range(60))), runs=30)
     assert (short.open, short.all.mean) == (1, 3) and whole.open == 0 and whole.all.mean > 6
 
 
 def test_same_seed_same_numbers_and_blocks_change_nothing(monkeypatch):
-    design, stream = Design("s3t", 500, 3, 4, 2), Stream("uniform")
+    design, stream = System("s3t", 500, 3, 4, 2), Stream("uniform")
     one = served(design, stream, runs=40, seed=5), spend(design, stream, 60, runs=40, seed=5)
     monkeypatch.setattr("expunge.exact.capacity.BLOCK", 1700)
     assert (served(design, stream, runs=40, seed=5), spend(design, stream, 60, runs=40, seed=5)) == one
@@ -284,8 +284,8 @@ def test_same_seed_same_numbers_and_blocks_change_nothing(monkeypatch):
 
 
 def test_storage_falls_and_recovers():
-    found = spend(Design("s3t", 600, 2, 3, 3), requests=60, runs=1, seed=1)
-    assert found.storage_curve[0] < Design("s3t", 600, 2, 3, 3).checkpoints == 18
+    found = spend(System("s3t", 600, 2, 3, 3), requests=60, runs=1, seed=1)
+    assert found.storage_curve[0] < System("s3t", 600, 2, 3, 3).checkpoints == 18
     steps = np.diff(found.storage_curve)
     assert (steps < 0).any() and (steps > 0).any() and list(found.at) == list(range(1, 61)) and 0 < found.kept < 1
 
@@ -293,18 +293,18 @@ def test_storage_falls_and_recovers():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Design("sisaa", 100), "did you mean 'sisa'"),
-        (lambda: Design("sisa", 9, 5, 2), "too few for 5 shards of 2 slices"),
-        (lambda: Design("s3t", 100, 5, 3, 1, floor=4), r"floor must be 1\.\.3"),
-        (lambda: Design("sisa", 100, 5, 3, 2), "for s3t, not for sisa"),
-        (lambda: Design("safe", 100, 5, 2), "safe has no slices"),
-        (lambda: Design("safe", 100, 5, protected=(5,)), "protected shard 5"),
+        (lambda: System("sisaa", 100), "did you mean 'sisa'"),
+        (lambda: System("sisa", 9, 5, 2), "too few for 5 shards of 2 slices"),
+        (lambda: System("s3t", 100, 5, 3, 1, floor=4), r"floor must be 1\.\.3"),
+        (lambda: System("sisa", 100, 5, 3, 2), "for s3t, not for sisa"),
+        (lambda: System("safe", 100, 5, 2), "safe has no slices"),
+        (lambda: System("safe", 100, 5, protected=(5,)), "protected shard 5"),
         (lambda: Stream("skewed"), "no stream of requests 'skewed'"),
         (lambda: Stream("listed"), "need ids"),
         (lambda: Stream("listed", ids=(1, 1)), "deleted once"),
         (lambda: Stream(batches=(0,)), "1 or more"),
-        (lambda: spend(Design("sisa", 100), requests=101), r"the stream has 1\.\.100"),
-        (lambda: served(Design("sisa", 100), runs=0), "runs must be 1 or more"),
+        (lambda: spend(System("sisa", 100), requests=101), r"the stream has 1\.\.100"),
+        (lambda: served(System("sisa", 100), runs=0), "runs must be 1 or more"),
         (lambda: weights((1.0, -1.0), 5), "not negative"),
     ],
 )
@@ -407,7 +407,7 @@ def test_recommendation_keeps_its_limits_and_ranks(tmp_path, small):
 def test_requests_that_come_together_cost_less(tmp_path, small):
     apart = read(log(tmp_path, "time,count\n" + "".join(f"{k},1\n" for k in range(40))), 2000)
     together = replace(apart, batches=(20, 20))
-    designs = [Design("sisa", 2000, 4)]
+    designs = [System("sisa", 2000, 4)]
     one, two = (recommend(v, 2000, runs=10, months=2, designs=designs) for v in (apart, together))
     assert two.options[0].per_request.high < 0.4 * one.options[0].per_request.low and two.retrain < one.retrain
 
@@ -447,7 +447,7 @@ def test_command_writes_page_and_json(tmp_path, small, capsys):
 
 
 def test_plots_show_each_design_and_stream():
-    rows = table([Design("sisa", 200, 2), Design("s3t", 200, 2, 3, 3)], [Stream("uniform"), Stream("adversarial")], requests=20, runs=5)
+    rows = table([System("sisa", 200, 2), System("s3t", 200, 2, 3, 3)], [Stream("uniform"), Stream("adversarial")], requests=20, runs=5)
     plots = capacity_plots.compared(rows)
     assert [bool(svg) for _, svg in plots] == [True] * 3
     assert all(name in plots[0][1] for name in ("sisa 2 shards", "s3t 2 shards x 3 slices, budget 3", "uniform", "adversarial"))

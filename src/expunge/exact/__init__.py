@@ -6,3 +6,9 @@
 Designs: `sisa` (shards and slices), `s3t` (adapter blocks in many orders), `safe` (shards that share data along a graph). `clpu` learns tasks that can be
 detached.
 """
+
+from expunge.exact.design import DESIGNS, Design, s3t, safe, sisa
+from expunge.exact.ensemble import Exact, fit, load
+from expunge.exact.proof import Proof, Touch
+
+__all__ = ["DESIGNS", "Design", "Exact", "Proof", "Touch", "fit", "load", "s3t", "safe", "sisa"]

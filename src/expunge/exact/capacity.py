@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from expunge.errors import SettingError
 from expunge.exact.sequences import checkpoints
-from expunge.exact.systems import UNIFORM, Design, Floats, Ints, Stream, steps, weights
+from expunge.exact.systems import UNIFORM, Floats, Ints, Stream, System, steps, weights
 
 BLOCK = 4_000_000
 """Most records times runs in memory at a time."""
@@ -73,11 +73,11 @@ class Served:
     open: float
 
 
-def _allowed(design: Design) -> NDArray[np.bool_]:
+def _allowed(design: System) -> NDArray[np.bool_]:
     return ~np.isin(design.cells // design.slices, design.protected)
 
 
-def _keys(design: Design, stream: Stream, runs: int, seed: int) -> Iterator[Floats]:
+def _keys(design: System, stream: Stream, runs: int, seed: int) -> Iterator[Floats]:
     """Blocks (some runs, n) of arrival times of each record's request, inf for never.
 
     An exponential race: drawing by weight without replacement.
@@ -103,7 +103,7 @@ def _keys(design: Design, stream: Stream, runs: int, seed: int) -> Iterator[Floa
         yield keys
 
 
-def order(design: Design, stream: Stream, requests: int, runs: int, seed: int = 0) -> Ints:
+def order(design: System, stream: Stream, requests: int, runs: int, seed: int = 0) -> Ints:
     """Places (runs, requests) of the records asked for, in turn. Raises SettingError where the stream cannot ask for that many."""
     can = int(_allowed(design).sum()) if stream.kind != "listed" else len(stream.ids)
     if not 0 < requests <= can:
@@ -120,10 +120,10 @@ def order(design: Design, stream: Stream, requests: int, runs: int, seed: int = 
     return np.concatenate(found)
 
 
-def served(design: Design, stream: Stream = UNIFORM, *, runs: int = 1000, seed: int = 0) -> Served:
+def served(design: System, stream: Stream = UNIFORM, *, runs: int = 1000, seed: int = 0) -> Served:
     """Requests served without retraining (see Served above). Adversarial: the greedy requester of least requests, one run.
 
-    >>> served(Design("s3t", 300, 5, 6, 6), Stream("adversarial")).all.mean
+    >>> served(System("s3t", 300, 5, 6, 6), Stream("adversarial")).all.mean
     30.0
     """
     if runs < 1:
@@ -144,7 +144,7 @@ def served(design: Design, stream: Stream = UNIFORM, *, runs: int = 1000, seed: 
     return Served(Measured.of(np.concatenate(totals)), Measured.of(np.concatenate(firsts)), still / runs)
 
 
-def _attacked(design: Design) -> Served:
+def _attacked(design: System) -> Served:
     """Greedy: hit the place that most ways depend on, until none is left that can be hit."""
     safe = set(design.protected)
 
@@ -183,7 +183,7 @@ class Spent:
     cost_curve: tuple[float, ...]
 
 
-def spend(design: Design, stream: Stream = UNIFORM, requests: int = 100, *, runs: int = 200, seed: int = 0) -> Spent:
+def spend(design: System, stream: Stream = UNIFORM, requests: int = 100, *, runs: int = 200, seed: int = 0) -> Spent:
     """Serve `requests` requests in operation: sisa and safe retrain after each batch what it hit, s3t what has too short a prefix.
 
     Raises SettingError for more requests than the stream can ask for.
@@ -219,7 +219,7 @@ def spend(design: Design, stream: Stream = UNIFORM, requests: int = 100, *, runs
 class _Sliced:
     """State of sisa and s3t in all runs: sizes (runs, S, L), first slice hit in this batch (sisa) or slices left per sequence (s3t)."""
 
-    def __init__(self, design: Design, runs: int) -> None:
+    def __init__(self, design: System, runs: int) -> None:
         self.design, self.runs, self.rows = design, runs, np.arange(runs)
         self.tables = [steps(o, design.epochs) for o in design.orders]
         self.order, self.epochs = (np.stack([t[k] for t in self.tables]) for k in (0, 1))  # (S, B, L)
@@ -286,7 +286,7 @@ class _Sliced:
 class _Graph:
     """State of safe: records each model trains on (runs, S), and models to train again in this batch."""
 
-    def __init__(self, design: Design, runs: int) -> None:
+    def __init__(self, design: System, runs: int) -> None:
         self.design, self.runs, self.rows = design, runs, np.arange(runs)
         self.reads = np.eye(design.shards, dtype=np.int64)
         for i, out in enumerate(design.reads):
@@ -319,7 +319,7 @@ class _Graph:
 
 
 def table(
-    designs: Sequence[Design], streams: Sequence[Stream], *, requests: int = 200, runs: int = 500, seed: int = 0
-) -> list[tuple[Design, Stream, Served, Spent]]:
+    designs: Sequence[System], streams: Sequence[Stream], *, requests: int = 200, runs: int = 500, seed: int = 0
+) -> list[tuple[System, Stream, Served, Spent]]:
     """`served` and `spend` for every design under every stream."""
     return [(d, s, served(d, s, runs=runs, seed=seed), spend(d, s, requests, runs=runs, seed=seed)) for d in designs for s in streams]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expunge.exact.capacity import Measured, Served, Spent
-from expunge.exact.systems import Design, Stream
+from expunge.exact.systems import Stream, System
 from expunge.report.plots import INK, SOFT, render
 
 COLOURS = ("#1f5fa8", "#c2650a", "#39414d", "#7d8590", "#5b8c3e", "#8a4f9e")
@@ -68,7 +68,7 @@ def curves(rows: Mapping[str, Spent]) -> str:
     return render(9, 3.4, 3, paint)
 
 
-def compared(rows: Sequence[tuple[Design, Stream, Served, Spent]]) -> list[tuple[str, str]]:
+def compared(rows: Sequence[tuple[System, Stream, Served, Spent]]) -> list[tuple[str, str]]:
     """Titled plots of what `capacity.table` returns: served, cost per request; curves of the first stream."""
     by: dict[str, dict[str, tuple[Served, Spent]]] = {}
     for design, stream, one, two in rows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from expunge.errors import SettingError
 from expunge.exact.capacity import Measured, served, spend
-from expunge.exact.systems import Design, Stream
+from expunge.exact.systems import Stream, System
 from expunge.exact.volumes import STRETCHES, Volumes
 
 MOST = 3000
@@ -27,7 +27,7 @@ class Option:
     kept: share of slices that vote. least: fewest records behind a model that votes.
     """
 
-    design: Design
+    design: System
     per_request: Measured
     share: float
     per_month: float
@@ -56,21 +56,21 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def grid(records: int, least: int, epochs: int, shares: tuple[float, ...] = ()) -> list[Design]:
+def grid(records: int, least: int, epochs: int, shares: tuple[float, ...] = ()) -> list[System]:
     """Designs whose every model has seen `least` records: the largest numbers of shards that allow it: four for sisa, two for s3t and safe.
 
     With `shares` (a prior in stretches) also the same designs with places by that prior, for up to KNOWN records."""
-    found: list[Design] = []
+    found: list[System] = []
     for slices in (1, 3, 6):
         fit = [s for s in SHARDS if records // s >= max(least, slices)][-4:]
-        found += [Design("sisa", records, s, slices, epochs=epochs) for s in fit]
+        found += [System("sisa", records, s, slices, epochs=epochs) for s in fit]
     for slices in (3, 6):
         for floor in range(1, slices + 1):
             fit = [s for s in SHARDS if records * floor // (s * slices) >= max(least, 1)][-2:] if floor in (1, slices // 2, slices) else []
-            found += [Design("s3t", records, s, slices, b, floor, epochs=epochs) for s in fit for b in (1, slices // 2, slices)]
+            found += [System("s3t", records, s, slices, b, floor, epochs=epochs) for s in fit for b in (1, slices // 2, slices)]
     for clique in (2, 4):
         fit = [s for s in SHARDS if s % clique == 0 and clique * (records // s) >= max(least, 1) and records >= s][-2:]
-        found += [Design("safe", records, s, epochs=epochs, graph="cliques", clique=clique) for s in fit]
+        found += [System("safe", records, s, epochs=epochs, graph="cliques", clique=clique) for s in fit]
     found = list(dict.fromkeys(found))
     if shares and records <= KNOWN:
         found += [replace(d, placing="aware", prior=shares, choice="matching" if d.kind == "s3t" else "cyclic") for d in found if d.kind != "safe"]
@@ -79,7 +79,7 @@ def grid(records: int, least: int, epochs: int, shares: tuple[float, ...] = ()) 
 
 def recommend(
     volumes: Volumes, records: int, *, least: int = 200, storage: int | None = None, passes: float | None = None, epochs: int = 20, months: float = 12.0,
-    runs: int = 100, seed: int = 0, designs: Sequence[Design] | None = None,
+    runs: int = 100, seed: int = 0, designs: Sequence[System] | None = None,
 ) -> Plan:  # fmt: skip
     """Rank `designs` (default: `grid`) by sample passes over `months` at the log's volume, first training included.
 
@@ -138,7 +138,7 @@ def recommend(
     return Plan(volumes, stream, months, tuple(options), dict(refused), full * (1 + expected * len(volumes.batches) / volumes.asked), notes)
 
 
-def _broken(design: Design, least: int, storage: int | None, passes: float | None) -> str:
+def _broken(design: System, least: int, storage: int | None, passes: float | None) -> str:
     """The first limit that a design breaks without any request."""
     if design.least < least:
         return f"a model with fewer than {least} records"
@@ -147,7 +147,7 @@ def _broken(design: Design, least: int, storage: int | None, passes: float | Non
     return f"first training takes more than {passes:g} sample passes" if passes is not None and design.setup > passes else ""
 
 
-def _lasting(design: Design, volumes: Volumes, runs: int, seed: int) -> Measured:
+def _lasting(design: System, volumes: Volumes, runs: int, seed: int) -> Measured:
     """`served`, with at most 100 records per place where places are random: more make no difference of more than a few percent."""
     if design.placing == "random":
         design = replace(design, records=min(design.records, 100 * design.shards * design.slices))

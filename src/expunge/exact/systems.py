@@ -66,7 +66,7 @@ def merged(w: Floats, shards: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class Design:
+class System:
     """One system. `kind` sisa, s3t or safe; n `records`; `epochs` e' of an unsliced run.
 
     sisa: shards, slices. s3t: also budget, floor (1..slices), choice (`sequences.choose`). safe: shards and a graph, by family (`clique`:
@@ -213,7 +213,7 @@ class Stream:
         if (self.kind == "listed") != bool(self.ids) or len(set(self.ids)) < len(self.ids):
             raise SettingError("listed requests, and no others, need ids, each once: a record is deleted once")
 
-    def adaptive(self, design: Design) -> bool:
+    def adaptive(self, design: System) -> bool:
         """Whether the requester sees the places in this design and chooses by them: nothing is left to chance."""
         return self.kind == "adversarial" or (self.kind == "blind" and design.placing != "random")
 
