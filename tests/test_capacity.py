@@ -18,7 +18,7 @@ from expunge.exact import capacity_plots, costs
 from expunge.exact.capacity import order, served, spend, table
 from expunge.exact.recommend import grid, recommend
 from expunge.exact.sequences import checkpoints, choose, cyclic, longest, matching, sampling, score, surviving
-from expunge.exact.systems import System, Stream, merged, weights
+from expunge.exact.systems import Stream, System, merged, weights
 from expunge.exact.volumes import MAX_BYTES, read
 from expunge.report.page import page
 

@@ -122,7 +122,7 @@ def demo_llm(out: str = "expunge-demo-llm", as_json: Json = False) -> None:
 
 @app.command("demo-images")
 def demo_images(out: str = "expunge-demo-images", as_json: Json = False) -> None:
-    """Teach a small diffusion model to draw shapes in six styles, erase one style, keep the rest, prove it. Takes some ten minutes, a second run three."""
+    """Teach a small diffusion model to draw shapes in four styles, erase one style, keep the rest, prove it. Takes some six minutes, a second run two."""
     from expunge import demo_images as main_job
 
     if result := _demonstrated(main_job.demo, out, as_json):
