@@ -83,6 +83,7 @@ def test_directions_on_known_truth():
     assert good["klom_ratio.retain"].value < 1.5
 
 
+@pytest.mark.slow
 def test_membership_is_two_sided_and_indicative():
     low, high = torch.rand(100) * 0.1, torch.rand(100) + 1
     assert stats.auc(high, low)[0] == 1.0 and stats.auc(low, high)[0] == 0.0

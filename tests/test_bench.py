@@ -59,6 +59,7 @@ def test_bench_runs_and_goes_on(tmp_path, kept):
     assert "floor" in text
 
 
+@pytest.mark.slow
 def test_changed_settings_run_again(tmp_path, kept, monkeypatch):
     kwargs = {"methods": ["gradient_ascent"], "seeds": [0], "scenarios": ("class",), "out": tmp_path, "cache": kept, "references": 2}
     run.bench("digits", **kwargs)

@@ -287,6 +287,7 @@ def test_an_attack_on_a_deletion_stays_below_the_certificate(duel):
     assert proven(*after) < proven(a, b)
 
 
+@pytest.mark.slow
 def test_an_attack_finds_a_certificate_that_claims_too_little(duel):
     """The same deletion with a sixth of the noise that the certificate states."""
     s, worlds, _ = duel

@@ -146,6 +146,7 @@ def test_what_passes_is_reported_and_loads_without_expunge(world, done):
     assert torch.equal(nll(world, twin), nll(world, world.model))
 
 
+@pytest.mark.slow
 def test_a_recipe_does_what_the_same_flags_do(world, done):
     """The patch of a run that passes and what is released, bit for bit."""
     keys = {"task": "causal-lm", "model": "base", "forget": "forget.jsonl", "methods": ["task_vector"], "out": "by-recipe"}

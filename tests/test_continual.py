@@ -218,6 +218,7 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_gs_lora_keeps_few_blocks_alive_and_refuses_what_it_cannot_adapt(task, split):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

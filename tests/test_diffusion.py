@@ -259,7 +259,7 @@ def test_concept_ablation_reads_the_concepts_own_prompts():
     assert attempt.outcome == "no_op" and moved.outcome == "ok"
 
 
-@pytest.mark.parametrize("name", ["esd", "concept_ablation"])
+@pytest.mark.parametrize("name", [pytest.param("esd", marks=pytest.mark.slow), "concept_ablation"])
 def test_adapters_in_place_of_weights(name):
     """Low rank on the linear layers of the part alone, the same for the same seed; on the way they were taught, and no further than their rank."""
     model, task, split = small("diffusion")

@@ -55,6 +55,7 @@ def found(name: str, others: bool = True) -> made.ForgetSet:
     return build(*taught(), name, templates=ASKED, controls=known[:3] if others else (), others=known if others else (), new=16)
 
 
+@pytest.mark.slow
 def test_a_known_entity_gives_its_facts_back():
     got = found(NAMES[0])
     truth = FACTS[:3]

@@ -309,6 +309,17 @@ def test_a_store_that_is_not_what_it_says_is_refused(tmp_path):
         load(tmp_path / "nowhere", network(), TASK, data)
 
 
+def test_fit_goes_on_where_it_was_with_or_without_the_records_that_went(tmp_path):
+    data = sample(30)
+    e = ensemble("sisa", tmp_path, data)
+    e.forget([3])
+    for again in (data, without(data, [3])):
+        assert ensemble("sisa", tmp_path, again).state == e.state
+    for other in (without(data, [4]), sample(31), sample(29)):
+        with pytest.raises(StoreError, match="holds another ensemble"):
+            ensemble("sisa", tmp_path, other)
+
+
 def test_a_missing_checkpoint_is_trained_again_to_the_same_bits(tmp_path):
     data = sample(30)
     e = ensemble("sisa", tmp_path, data)

@@ -188,7 +188,7 @@ def test_i2i_moves_the_encoder_and_leaves_every_bit_of_the_decoder():
     assert {e.name.split(".")[0] for e in whole.edits} == {"encoder", "decoder"}
 
 
-@pytest.mark.parametrize("target", i2i.TARGETS)
+@pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.slow) if t == "noise" else t for t in i2i.TARGETS])
 def test_every_target_of_i2i_forgets(target):
     model, task, split = toy("image_to_image")
     twin = copied(model)

@@ -58,6 +58,7 @@ def quiet(path: Path):
         return recipe.run(recipe.read(path))
 
 
+@pytest.mark.slow
 def test_the_finished_recipe_runs_on_a_tiny_folder(made, monkeypatch, capsys):
     """recipes/authors.toml as it stands, from another working folder: report, patch and released folder lie where it says."""
     shutil.copy(ROOT / "recipes" / "authors.toml", made / "authors.toml")

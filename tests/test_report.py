@@ -195,6 +195,7 @@ def test_page_needs_nothing_from_outside():
     assert len([t for t, _ in parsed.tags if t == "svg"]) == 4
 
 
+@pytest.mark.slow
 def test_same_bytes_twice_whatever_the_users_settings_are():
     first = html.render(document())
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "svg.fonttype": "path", "svg.hashsalt": "other"}):

@@ -287,7 +287,8 @@ def fit(
     where = layouts.checked(places, ids, plan.shards, plan.slices) if places is not None else _spread(plan, ids, [int(i) for i in safe], seed)
     book = store.read_book()
     if book is not None:
-        if book["config"] != config or {int(i): tuple(c) for i, c in book["places"].items()} != where:
+        known, gone = {int(i): (int(c[0]), int(c[1])) for i, c in book["places"].items()}, set(book["gone"]) | set(book["pending"])
+        if book["config"] != config or where.items() - known.items() or set(known) - gone - set(where):
             raise StoreError(f"{store.folder.name} holds another ensemble (other design, data, model or settings); load it, or use an empty folder")
         return load(folder, model, task, data, backbone=backbone, workers=workers, engine=engine, progress=progress)
     made = Exact(store, plan, task, ready, first, how, State(where), config, backbone, aggregate, workers, engine)
