@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
-import html
 import io
 import json
 import math
@@ -531,18 +530,14 @@ def plot(played: Played) -> str:
 
 
 def _page(played: Played) -> str:
-    """A page of its own with the plot and the rows."""
+    """A page of its own with the rows and the plot."""
+    from expunge.report.page import page
+
     cell = lambda x: "none" if not x.n else f"{x.value:.3f} ({x.low:.3f} to {x.high:.3f}, n = {x.n})"  # noqa: E731
     heads = ("request", "time", "what", "records", "forgotten", "kept", "test", "passes", "seconds", "memory", "stale")
     lines = [
         (s.number, s.time, f"{s.kind} {s.what}", s.records, cell(s.forgotten), cell(s.kept), cell(s.test), s.passes, f"{s.seconds:.2f}", s.memory, s.stale)
         for s in played.steps
     ]  # fmt: skip
-    table = "".join(f"<tr>{''.join(f'<td>{html.escape(str(v))}</td>' for v in line)}</tr>" for line in lines)
     title = f"A stream of {len(played.steps)} requests: {played.course.method}, retention {played.course.term}"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>body{{font:14px system-ui;margin:2em}}'
-        "td,th{padding:.2em .6em;text-align:left;border-bottom:1px solid #ddd}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><p>Accuracies with one-sided 95 % Wilson bounds.</p>{plot(played)}"
-        f"<table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>{table}</table></body></html>\n"
-    )
+    return page(title, ["Accuracies with one-sided 95 % Wilson bounds."], heads, lines, [("Accuracy and cost", plot(played))])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.errors import PatchError
+from expunge.errors import ExpungeError, PatchError
 
 MAX_BYTES = 1 << 36
 """Largest patch file that is read: 64 GiB."""
@@ -221,25 +221,9 @@ class Patch:
     @staticmethod
     def load(path: str | Path, key: bytes | None = None) -> Patch:
         """Read and verify a file written by `save`. Raises PatchError for anything damaged, foreign or signed by another key."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise PatchError(f"{path.name} is larger than {MAX_BYTES} bytes")
-            with safe_open(path, "pt") as f:
-                header = f.metadata() or {}
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise PatchError(f"cannot read {path.name}: {error.strerror or error}") from None
-        except SafetensorError as error:
-            raise PatchError(f"{path.name} is no patch, or is truncated ({error})") from None
-        if "expunge" not in header or "sha256" not in header:
-            raise PatchError(f"{path.name} is a safetensors file but no expunge patch")
-        body = header["expunge"]
-        digest = file_digest(body, tensors)
-        if not hmac.compare_digest(digest, header["sha256"]):
-            raise PatchError(f"{path.name} was changed after it was written: its content does not match its checksum")
+        header, tensors = verified(path, "expunge", PatchError, "is no patch, or is truncated", "is a safetensors file but no expunge patch", MAX_BYTES)
+        body, digest = header["expunge"], header["sha256"]
         if key is not None and not hmac.compare_digest(header.get("hmac", ""), hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()):
             raise PatchError(f"{path.name} is not signed by this key")
         try:
@@ -344,6 +328,31 @@ def file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
         h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
         h.update(raw(tensors[name]))
     return h.hexdigest()
+
+
+def verified(path: Path, entry: str, error: type[ExpungeError], broken: str, foreign: str, most: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(header, tensors) of a safetensors file whose header holds `entry` and the `sha256` of it and the tensors (`file_digest`).
+
+    Raises `error` for a file that cannot be read, is larger than `most` bytes, is no safetensors (`broken` says what it is not), lacks these entries
+    (`foreign`), or was changed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.stat().st_size > most:
+            raise error(f"{path.name} is larger than {most} bytes")
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except OSError as failed:
+        raise error(f"cannot read {path.name}: {failed.strerror or failed}") from None
+    except SafetensorError as failed:
+        raise error(f"{path.name} {broken} ({failed})") from None
+    if entry not in header or "sha256" not in header:
+        raise error(f"{path.name} {foreign}")
+    if not hmac.compare_digest(file_digest(header[entry], tensors), header["sha256"]):
+        raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
+    return header, tensors
 
 
 def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expunge.certified.certificate import Certificate, Phase, Settings, certify
 from expunge.errors import ExpungeError, ModelError
-from expunge.patch import file_digest, write
+from expunge.patch import file_digest, verified, write
 
 FORMAT = 1
 MAX_BYTES = 1 << 34
@@ -36,22 +36,9 @@ def store(path: str | Path, kind: str, certificate: Certificate, tensors: dict[s
 
 def read(path: str | Path, kind: str, names: set[str], key: bytes | None) -> tuple[dict[str, Any], dict[str, Tensor], Certificate]:
     """Body, tensors and certificate of a file, the certificate computed anew from its settings and history."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ModelError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
-        text, digest = header["certified"], header["sha256"]
-    except OSError as error:
-        raise ModelError(f"cannot read {path.name}: {error.strerror or error}") from None
-    except (SafetensorError, KeyError) as error:
-        raise ModelError(f"{path.name} is no certified head, or is truncated ({str(error).splitlines()[0][:80]})") from None
-    if not hmac.compare_digest(digest, file_digest(text, tensors)):
-        raise ModelError(f"{path.name} was changed after it was written: its content does not match its checksum")
+    path, broken = Path(path), "is no certified head, or is truncated"
+    header, tensors = verified(path, "certified", ModelError, broken, broken, MAX_BYTES)
+    text, digest = header["certified"], header["sha256"]
     if key is not None and not hmac.compare_digest(header.get("hmac", ""), hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()):
         raise ModelError(f"{path.name} is not signed by this key")
     try:

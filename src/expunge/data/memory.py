@@ -16,7 +16,6 @@ Card     continual-retention, loss 3 and pitfalls; clpu-der (index bug).
 from __future__ import annotations
 
 import copy
-import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import DataError, SettingError
-from expunge.patch import file_digest, write
+from expunge.patch import file_digest, verified, write
 from expunge.types import Examples, Out, Task
 from expunge.updates.gradients import squares
 
@@ -181,22 +180,7 @@ class Memory:
 
 def checked(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON of the header's entry `key`, tensors) of a safetensors file with a SHA-256 over both. Raises DataError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise DataError(f"cannot read {path.name}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise DataError(f"{path.name} is no {key} file, or is truncated ({error})") from None
-    if key not in header or "sha256" not in header:
-        raise DataError(f"{path.name} is a safetensors file but holds no {key}")
-    if not hmac.compare_digest(file_digest(header[key], tensors), header["sha256"]):
-        raise DataError(f"{path.name} was changed after it was written: its content does not match its checksum")
+    header, tensors = verified(path, key, DataError, f"is no {key} file, or is truncated", f"is a safetensors file but holds no {key}", MAX_BYTES)
     return json.loads(header[key]), tensors
 
 
