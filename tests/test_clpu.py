@@ -23,7 +23,7 @@ from expunge.data.memory import Memory
 from expunge.errors import Diverged, ModelError, PatchError, SettingError, SplitError, StoreError
 from expunge.exact import clpu
 from expunge.exact import store as stores
-from expunge.exact.clpu import Clpu, begin, load, replayed, restricted
+from expunge.exact.clpu import Clpu, begin, learning, load, replayed, restricted
 from expunge.tasks.classification import classification
 from expunge.tasks.regression import regression
 from expunge.types import Examples, Out
@@ -94,7 +94,7 @@ def test_restricted_is_the_published_mask_and_writes_to_nothing():
 def test_loss_of_a_step_is_the_formula(tmp_path):
     """One step of SGD from a fixed start against the formula written out: CE + (1/P) sum of the replayed losses, P = 2."""
     e = stream(tmp_path, "R0 R1", epochs=1, memory=3, replay=100, batch_size=100, weight_decay=0.0)
-    before, memories = e.module(0).net, {k: e._memory(k) for k in "01"}
+    before, memories = e.module(0).net, {k: e.parts.memory(k) for k in "01"}
     play(e, "R2")
     params = list(before.parameters())
     pick = lambda x, k: before(x)[:, [2 * k, 2 * k + 1]]  # noqa: E731
@@ -124,7 +124,7 @@ def test_memory_holds_the_records_with_the_logits_that_training_saw(tmp_path):
     """At a step size that moves nothing the logits of training are those of the start."""
     e = begin(network(), TASK, folder=tmp_path, epochs=3, memory=6, batch_size=4, lr=1e-30)
     e.learn("a", rows(1))
-    m = e._memory("a")
+    m = e.parts.memory("a")
     assert (len(m), m.num_seen, m.logits.shape) == (6, 10, (6, 2))
     at = {i: k for k, i in enumerate(rows(1).ids.tolist())}
     took = [at[i] for i in m.ids.tolist()]
@@ -135,9 +135,9 @@ def test_memory_holds_the_records_with_the_logits_that_training_saw(tmp_path):
 
 def test_temporary_tasks_are_never_replayed_and_each_memory_is_bounded(tmp_path):
     e = stream(tmp_path, "R0 T1 T2 R2")
-    assert list(e._memories()) == ["0", "2"]
+    assert list(e.parts.memories()) == ["0", "2"]
     assert e.of("temporary") == ["1"]
-    assert all(len(m) == 5 for m, _ in e._memories().values())
+    assert all(len(m) == 5 for m, _ in e.parts.memories().values())
 
 
 # ---------------------------------------------------------------- the law
@@ -167,7 +167,7 @@ def test_card_case_t1_r0_f1_is_r0_alone(tmp_path):
     assert (a.state.main, a.state.tasks) == (b.state.main, b.state.tasks)
     for p, q in zip(a.module("0").state_dict().values(), b.module("0").state_dict().values(), strict=True):
         assert torch.equal(p, q)
-    assert torch.equal(a._memory("0").logits, b._memory("0").logits)
+    assert torch.equal(a.parts.memory("0").logits, b.parts.memory("0").logits)
 
 
 def test_the_law_test_can_fail(tmp_path):
@@ -431,7 +431,7 @@ def test_a_cut_consolidation_can_still_be_forgotten_and_others_finish_it(tmp_pat
     for name in "ab":
         e = stream(tmp_path / name, "R0 T1")
         with monkeypatch.context() as m:
-            m.setattr(clpu, "descend", lambda *_, **__: raising())
+            m.setattr(learning, "descend", lambda *_, **__: raising())
             with pytest.raises(KeyboardInterrupt):
                 e.learn(1)
         assert e.state.pending == "1"

@@ -69,14 +69,11 @@ def start_digest(start: Start) -> str:
 
 def keyed(design: Design, rows: Mapping[str, Sequence[int]], data: Examples, training: Training, start: str) -> dict[str, str]:
     """Component name -> key. `rows`: positions of each component's records in `data`, sorted by id."""
-    ids, keys, out = data.ids.tolist(), data.keys, {}
+    records = [int(i).to_bytes(8, "big", signed=True) + key for i, key in zip(data.ids.tolist(), data.keys, strict=True)]
+    how, out = asdict(training), {}
     for c in design.components:
-        h = hashlib.sha256()
-        facts = [VERSION, design.name, c.name, c.epochs, c.block, out.get(c.parent, ""), start, asdict(training)]
-        h.update(json.dumps(facts).encode())
-        for k in rows[c.name]:
-            h.update(int(ids[k]).to_bytes(8, "big", signed=True) + keys[k])
-        out[c.name] = h.hexdigest()
+        facts = [VERSION, design.name, c.name, c.epochs, c.block, out.get(c.parent, ""), start, how]
+        out[c.name] = hashlib.sha256(json.dumps(facts).encode() + b"".join([records[k] for k in rows[c.name]])).hexdigest()
     return out
 
 

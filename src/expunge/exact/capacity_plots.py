@@ -7,11 +7,7 @@ from typing import Any
 
 from expunge.exact.capacity import Measured, Served, Spent
 from expunge.exact.systems import Stream, System
-from expunge.report.plots import INK, SOFT, render
-
-COLOURS = ("#1f5fa8", "#c2650a", "#39414d", "#7d8590", "#5b8c3e", "#8a4f9e")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LINES = ("-", (0, (4, 2)), "-.", (0, (1, 1)), "-", (0, (6, 1, 1, 1)))
+from expunge.report.plots import INK, MARKERS, SERIES, SOFT, STROKES, render
 
 
 def bars(groups: Mapping[str, Mapping[str, Measured]], label: str, *, log: bool = False) -> str:
@@ -27,7 +23,7 @@ def bars(groups: Mapping[str, Mapping[str, Measured]], label: str, *, log: bool 
             y = [names.index(d) + (k - (len(kept) - 1) / 2) * step for d in values]
             means = [m.mean for m in values.values()]
             error = [[max(0.0, m.mean - m.low) for m in values.values()], [max(0.0, m.high - m.mean) for m in values.values()]]
-            axis.errorbar(means, y, xerr=error, fmt=MARKERS[k % 6], color=COLOURS[k % 6], markersize=4.5, linewidth=1.2, capsize=2, label=series)
+            axis.errorbar(means, y, xerr=error, fmt=MARKERS[k % 6], color=SERIES[k % 6], markersize=4.5, linewidth=1.2, capsize=2, label=series)
         for k in range(len(names) - 1):
             axis.axhline(k + 0.5, color=SOFT, linewidth=0.6)
         axis.set_yticks(range(len(names)), names)
@@ -59,7 +55,9 @@ def curves(rows: Mapping[str, Spent]) -> str:
             axes, ("sample passes so far", "checkpoints stored", "share of slices in use"), ("cost_curve", "storage_curve", "kept_curve"), strict=True
         ):
             for k, (name, spent) in enumerate(rows.items()):
-                axis.plot(spent.at, getattr(spent, field), color=COLOURS[k % 6], linestyle=LINES[k % 6], linewidth=1.4, label=name if axis is axes[0] else None)
+                axis.plot(
+                    spent.at, getattr(spent, field), color=SERIES[k % 6], linestyle=STROKES[k % 6], linewidth=1.4, label=name if axis is axes[0] else None
+                )
             axis.set_xlabel("requests")
             axis.set_title(label, color=INK)
             axis.set_ylim(bottom=0)

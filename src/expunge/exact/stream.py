@@ -12,10 +12,7 @@ from torch import Tensor
 from expunge.audits.stats import wilson
 from expunge.exact.ensemble import Exact
 from expunge.exact.proof import Proof
-from expunge.report.plots import INK, render
-
-COLOURS = ("#1f5fa8", "#c2650a", "#5b8c3e", "#8a4f9e")
-LINES = ("-", (0, (4, 2)), "-.", (0, (1, 1)))
+from expunge.report.plots import HUES, INK, STROKES, render
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def plot(streams: dict[str, Sequence[Served]], monolithic: tuple[float, float, f
     """
 
     def paint(figure: Any, axes: Sequence[Any]) -> None:
-        for (name, rows), colour, line in zip(streams.items(), COLOURS, LINES, strict=False):
+        for (name, rows), colour, line in zip(streams.items(), HUES, STROKES, strict=False):
             at, spent, total = [r.request for r in rows], [], 0.0
             for r in rows:
                 total += r.share

@@ -17,6 +17,13 @@ COLOURS = {"before": "#7d8590", "after": "#1f5fa8", "retrained": "#c2650a"}
 LINES = {"before": "-", "after": "-", "retrained": (0, (4, 2))}
 PARTS = {"forget": "forgotten records", "retain": "kept records", "test": "unseen records (test)"}
 INK, SOFT = "#39414d", "#c9ced6"
+HUES = (COLOURS["after"], COLOURS["retrained"], "#5b8c3e", "#8a4f9e")
+"""Of lines side by side, where grey is the reference."""
+SERIES = (*HUES[:2], INK, COLOURS["before"], *HUES[2:])
+"""Of more lines, greys among them."""
+STROKES = ("-", (0, (4, 2)), "-.", (0, (1, 1)), "-", (0, (6, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+"""Line styles and markers that go with either, in the same order."""
 FLOOR = 1e-6
 """Losses below are drawn here; on the logarithmic membership curve the floor is 0.001."""
 
