@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import resource
 import time
 
 import torch
@@ -23,7 +22,7 @@ from expunge.methods import uce
 from expunge.methods.esd import negated
 from expunge.patch import Replace
 from expunge.pipelines import quietly
-from expunge.run import unlearn
+from expunge.run import peak, unlearn
 from expunge.scopes.attention import part
 from expunge.session import scratch
 from expunge.tasks.diffusion import Schedule, diffusion, draw, states
@@ -96,11 +95,10 @@ def stable_diffusion(retained: int) -> None:
     scope = part(model, "xattn-kv")
     named = dict(model.named_parameters())
     touched, whole = (sum(p.numel() * p.element_size() for p in some) for some in ([named[n] for n in scope.masks], model.parameters()))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = peak(anew=True)
     start = time.process_time()
     attempt = unlearn("uce", model, task, split)
     ours = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert attempt.outcome == "ok" and attempt.patch is not None, attempt.reason
     mine = {e.name: e for e in attempt.patch.edits if isinstance(e, Replace)}
     start, gap = time.process_time(), 0.0
@@ -115,8 +113,10 @@ def stable_diffusion(retained: int) -> None:
     theirs = time.process_time() - start
     print(f"UCE on {whole / 4e6:.0f} M parameters, {len(scope.masks)} matrices ({touched / 1e6:.0f} MB), {retained} retained prompts: {ours:.1f} s;")
     print(f"  texts and factors anew for each matrix {theirs:.1f} s: {theirs / ours:.1f} times faster; largest difference of a weight {gap:.1e}")
-    print(f"  memory: model {whole / 1e9:.2f} GB, peak while editing {(peak - before) / 1e9:+.2f} GB over what loading took ({before / 1e9:.2f} GB);")
-    print(f"  peak over (model + touched matrices) {peak / (whole + touched):.2f}, libraries included")
+    if held:
+        grown = attempt.cost.get("resident", 0)
+        print(f"  memory: model {whole / 1e9:.2f} GB, peak while editing {grown / 1e9:+.2f} GB over what the process held ({held / 1e9:.2f} GB);")
+        print(f"  peak over (model + touched matrices) {(held + grown) / (whole + touched):.2f}, libraries included")
 
 
 def main() -> None:

@@ -319,6 +319,7 @@ DAMAGES = {
     "holds no model_index.json": lambda f: (f / "model_index.json").unlink(),
     "prediction type 'sample' is not known": lambda f: rewrite(f / "scheduler" / "scheduler_config.json", prediction_type="sample"),
     "beta schedule 'odd' is not known": lambda f: rewrite(f / "scheduler" / "scheduler_config.json", beta_schedule="odd"),
+    "cannot load text_encoder of pipe: Error while deserializing": lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"12345678"),
     "cannot load unet": lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345678"),
 }
 

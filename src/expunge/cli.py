@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge import cli_exact, cli_images, cli_texts
-from expunge.cli_images import Concept
+from expunge.cli_images import Concept, Drawings, Judge
 from expunge.cli_texts import IMAGE, TEXT, Anchor, Dtype, Form, General, Mask, MaxLength, Retain, Template
 
 app = typer.Typer(
@@ -207,7 +207,7 @@ def forget(
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     retain: Retain = "", anchor: Anchor = "", general: General = "",
     template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0,
-    dtype: Dtype = "auto", form: Form = "auto",
+    dtype: Dtype = "auto", form: Form = "auto", judge: Judge = "", drawings: Drawings = 0,
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
     retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -224,7 +224,7 @@ def forget(
     given = {method: found} if (found := settings(method, context.args)) else {}
     parts, tokenizer, pipeline = {"retain": retain, "anchor": anchor, "general": general}, None, None
     cli_texts.check(task, form, parts)
-    forget = cli_images.asked(task, forget, concept, {"train": train, "weights": weights, "test": test, "validation": validation, **parts})
+    forget = cli_images.asked(task, forget, concept, {"train": train, "weights": weights, "test": test, "validation": validation, **parts}, judge, drawings)
     if task in IMAGE:
         pipeline, split, references = cli_images.request(model, forget, anchor, retain, reference, dtype)
         net, chosen = pipeline.model, pipeline.task
@@ -237,6 +237,7 @@ def forget(
         chosen, split = prepare(_recipe(model, weights, train, test, validation, forget, task, [method] if method else [], []), inside=False)
         references = [models.load(model, Path(r)) for r in reference or []]
     with bar(as_json) as progress:
+        chosen = cli_images.judged(pipeline, split, judge, drawings, progress) if judge else chosen
         verdict = planner.forget(
             net, chosen, split, references=references, methods=[method] if method else [], settings=given, seed=seed, folder=Path(out) / "checkpoints",
             retrain_passes=2 * retrain_epochs * len(split.retain) if retrain_epochs else None, slow=not quick, progress=progress,
@@ -284,6 +285,7 @@ def audit(
     validation: str = "", task: TaskName = "classification",
     reference: Annotated[list[str] | None, typer.Option()] = None, retain: Retain = "", anchor: Anchor = "", general: General = "",
     template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0, dtype: Dtype = "auto", out: str = "", key_file: Key = "",
+    judge: Judge = "", drawings: Drawings = 0,
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')] = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
@@ -293,6 +295,7 @@ def audit(
     """Audit a patch, or weights from any other tool, against the model before and retrained references.
 
     Prints the verdict, then the sections of named checks, weakest first.
+    Pipelines: expunge audit --task diffusion --model DIR --after out/released --concept "tench" --retain "goldfish,hen" --judge VIT-DIR --drawings 25
     """
     from expunge import checkpoints, images, models, outcome
     from expunge.errors import SettingError
@@ -302,9 +305,9 @@ def audit(
 
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
-    parts = {"retain": retain, "anchor": anchor, "general": general}
+    parts, pipeline = {"retain": retain, "anchor": anchor, "general": general}, None
     cli_texts.check(task, "auto", parts)
-    forget = cli_images.asked(task, forget, concept, {"train": train, "weights": weights, "test": test, "validation": validation, **parts})
+    forget = cli_images.asked(task, forget, concept, {"train": train, "weights": weights, "test": test, "validation": validation, **parts}, judge, drawings)
     if task in (*TEXT, *IMAGE) and shadows:
         raise SettingError("shadow models are for classification and regression")
     found = Patch.load(patch, _key(key_file)) if patch else None
@@ -324,10 +327,11 @@ def audit(
     if found is not None:
         found.apply(now)
     with bar(as_json) as progress:
+        chosen = cli_images.judged(pipeline, split, judge, drawings, progress) if judge else chosen
         pool, forgotten = _pools(before, chosen, split, shadows, unlearn_shadows, training, pools, found, progress)
-    meta = {} if found is None else found.meta
-    attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
-    verdict = outcome.audited(before, now, chosen, split, references=references, seed=seed, attempt=attempt, slow=not quick, pool=pool, forgotten=forgotten)
+        meta = {} if found is None else found.meta
+        attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
+        verdict = outcome.audited(before, now, chosen, split, references=references, seed=seed, attempt=attempt, slow=not quick, pool=pool, forgotten=forgotten)
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
@@ -510,14 +514,16 @@ def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) 
 
 @app.command()
 def bench(
-    world: str = "digits", methods: Annotated[str, typer.Option(help="Names joined by commas, or all.")] = "all",
+    world: str = "digits",
+    methods: Annotated[str, typer.Option(help="Names joined by commas; all, and labels of variants beside it: all,esd+retain.")] = "all",
     seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3",
     scenarios: Annotated[str, typer.Option(help="Names joined by commas; all of the world's without it.")] = "",
+    references: Annotated[int, typer.Option(help="Retrained models that each cell is read against; -1: 3, and none for drawings.")] = -1,
     out: str = "bench-out",
     audit_power: Annotated[bool, typer.Option("--audit-power", help="Audit the audit: a population of models of known truth.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Compare methods on a world (digits, diabetes, mnist, cifar10); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
+    """Compare methods on a world (digits, cifar10, tofu-tiny, shapes, ...); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
     import torch
 
     from expunge.report.table import strict
@@ -534,7 +540,8 @@ def bench(
             from expunge.bench import run as runner
             from expunge.bench.table import markdown
 
-            cells = runner.bench(world, "all" if methods == "all" else methods.split(","), runner.seed_numbers(seeds), chosen, out, progress=progress)
+            count = None if references < 0 else references
+            cells = runner.bench(world, methods.split(","), runner.seed_numbers(seeds), chosen, out, references=count, progress=progress)
             text = markdown(cells)
     print(json.dumps(strict(cells)) if as_json else text)
 

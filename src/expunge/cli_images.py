@@ -11,6 +11,17 @@ from expunge.recipe import IMAGE
 
 Concept = Annotated[str, typer.Option(help="Pipelines: what must go, in words; --anchor says what to draw instead, --retain what to keep (a,b,c or @FILE).")]
 
+Judge = Annotated[
+    str,
+    typer.Option(
+        help="Pipelines: a folder of transformers (CLIP, SigLIP, or an image classifier whose labels hold --concept and --retain) that names what is drawn "
+        "before and after."
+    ),
+]
+Drawings = Annotated[
+    int, typer.Option(help="With --judge: drawings of the concept, twice as many of what is kept; 0 is 40. Fewer than 25 cannot prove that it is gone.")
+]
+
 
 def is_pipeline(folder: str) -> bool:
     """Whether a folder holds a pipeline of diffusers, or an adapter of one."""
@@ -19,10 +30,15 @@ def is_pipeline(folder: str) -> bool:
     return (Path(folder) / "model_index.json").is_file() or is_adapter(folder)
 
 
-def asked(task: str, forget: str, concept: str, files: dict[str, str]) -> str:
-    """What must go: --concept for pipelines, --forget for all else. Raises SettingError for the other, and for files that pipelines do not take."""
+def asked(task: str, forget: str, concept: str, files: dict[str, str], judge: str = "", drawings: int = 0) -> str:
+    """What must go: --concept for pipelines, --forget for all else. Raises SettingError for the other, for files that pipelines do not take, for a judge of
+    anything else, and for drawings without a judge."""
     from expunge.errors import SettingError
 
+    if judge and task not in IMAGE:
+        raise SettingError("--judge looks at drawings, for --task diffusion; other tasks know from their records what is right")
+    if drawings and not judge:
+        raise SettingError("--drawings is how many a judge looks at: name one with --judge")
     if task not in IMAGE:
         if concept:
             raise SettingError("--concept is for --task diffusion; say --forget")
@@ -42,6 +58,13 @@ def request(model: str, concept: str, anchor: str, retain: str, reference: list[
 
     found, split = images.prepare(model, concept, anchor, retain, dtype=dtype)
     return found, split, [images.opened(found, r, dtype) for r in reference or []]
+
+
+def judged(pipeline: Any, split: Any, judge: str, drawings: int, progress: Any) -> Any:
+    """The task of a pipeline, with the judge in that folder."""
+    from expunge import images
+
+    return images.judged(pipeline, split, judge, drawings=drawings or images.DRAWINGS, progress=progress)
 
 
 def apply(patch: Any, model: str, out: str, dtype: str, key: bytes | None, form: str = "auto") -> list[str]:

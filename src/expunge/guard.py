@@ -32,6 +32,8 @@ class Meter:
     seconds: float = 0.0
     memory: int = 0
     """Bytes on the GPU at the peak; 0 where the model stands on no GPU."""
+    resident: int = 0
+    """Bytes of this process at the peak above what it held at the start; 0 on a GPU, and where the system does not say (`run.peak`)."""
     steps: int = 0
     gradient: bool = False
     seen: dict[str, int] = field(default_factory=dict)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from expunge import adapters, pipelines
+from expunge.audits import judges
 from expunge.errors import DataError, SettingError
 from expunge.outcome import Verdict
 from expunge.patch import Hook
 from expunge.pipelines import Pipeline
+from expunge.tasks.diffusion import Painting, draw
 from expunge.types import Pictures, Split
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a painting of {}", "a drawing of {}")
@@ -25,6 +29,9 @@ KEPT = (
     "a landscape", "a watercolour", "an oil painting", "a pencil sketch", "a black and white photograph", "the night sky", "a sunset", "rain", "snow",
 )  # fmt: skip
 """Concepts that are kept where none are named."""
+DRAWINGS, STEPS, GUIDANCE, BATCH = 40, 15, 7.5, 4
+"""For a judge: drawings of the concept (as many under OTHERS, twice as many of what is kept; all of 40 gone is at least 0.937 by Wilson's bound, and fewer
+than 25 cannot prove the gate's 0.9), steps and guidance of a drawing, and drawings at once. A drawing of Stable Diffusion 1.5's size takes minutes on a CPU."""
 MAX_BYTES = 1 << 20
 """Largest file of concepts that is read."""
 
@@ -79,6 +86,35 @@ def prepare(folder: Path | str, concept: str, anchor: str = "", retain: str = ""
     """Pipeline and split. Raises ModelError, SettingError or DataError that say what to do."""
     found = pipelines.load(folder, dtype=dtype)
     return found, request(found, concept, anchor, retain)
+
+
+def judged(
+    found: Pipeline, split: Split, folder: Path | str, *, drawings: int = DRAWINGS, steps: int = STEPS, guidance: float = GUIDANCE,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Painting:  # fmt: skip
+    """The pipeline's task with a judge of the request's concepts (`judges.judge`; the anchor is a word that it may say), which draws in `steps` with
+    `guidance`, a few at once, and tells `progress` of it.
+
+    Raises as `judges.judge` does, and SettingError for fewer than one drawing.
+    """
+    if drawings < 1:
+        raise SettingError(f"a judge needs at least one drawing to look at, not {drawings}")
+    names = [str(row["concept"]) for part in (split.forget, split.retain) if part is not None for row in part.rows]
+    anchor = [] if split.anchor is None else [split.anchor.prompts[0]]  # TEMPLATES begin with the name alone
+    judge = judges.judge(folder, names, also=anchor, drawings=drawings)
+    task = replace(found.task, judge=lambda: judge, batch=BATCH)
+
+    def sample(model: nn.Module, data: Pictures, **options: Any) -> Tensor:
+        options = {"steps": steps, "guidance": guidance, **options}
+        done, total = itertools.count(1), options["steps"] * -(-len(data) // BATCH)
+
+        def told(*_: Any) -> None:
+            if progress is not None:
+                progress(f"{len(data)} drawings for the judge", next(done), total)
+
+        return draw(task, model, data, **{"watch": told, **options})
+
+    return replace(task, sample=sample)
 
 
 def released(verdict: Verdict, found: Pipeline, out: Path | str, *, form: str = "auto") -> Path | None:

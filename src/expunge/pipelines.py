@@ -164,12 +164,12 @@ def there(folder: Path, name: str) -> bool:
     return True
 
 
-def configuration(path: Path, folder: Path) -> dict[str, Any]:
-    """A JSON file of the pipeline. Raises ModelError when it is missing, too large, or no JSON object."""
+def configuration(path: Path, folder: Path, library: str = "diffusers") -> dict[str, Any]:
+    """A JSON file of a folder that a library wrote. Raises ModelError when it is missing, too large, or no JSON object."""
     if not folder.is_dir():
-        raise ModelError(f"no folder {folder}; name one that save_pretrained of diffusers wrote")
+        raise ModelError(f"no folder {folder}; name one that save_pretrained of {library} wrote")
     if not path.is_file():
-        raise ModelError(f"{folder.name} holds no {path.name}: it is no folder that save_pretrained of diffusers wrote")
+        raise ModelError(f"{folder.name} holds no {path.name}: it is no folder that save_pretrained of {library} wrote")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"{path.name} is larger than {MAX_BYTES} bytes")
@@ -185,28 +185,37 @@ def part(folder: Path, name: str, reader: Any, dtype: torch.dtype | None) -> nn.
     """One network of the pipeline, from safetensors."""
     there(folder, name)
     configuration(folder / name / "config.json", folder)
-    weights = sorted((folder / name).glob("*.safetensors"))
+    return network(folder / name, f"{name} of {folder.name}", reader, dtype)[0]
+
+
+def network(folder: Path, said: str, reader: Any, dtype: torch.dtype | None) -> tuple[nn.Module, list[str]]:
+    """A network of diffusers or transformers from the safetensors of a folder, and the names of the weights that they lack; `said` names it in errors.
+
+    Raises ModelError for pickled or damaged weights, and for such as are not finite.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        old = [f.name for f in sorted((folder / name).iterdir()) if f.suffix in PICKLES]
-        why = (
-            f"{old[0]} is a pickle, which can run code, and is not read: load the pipeline elsewhere and save_pretrained(safe_serialization=True)"
-            if old
-            else ""
-        )
-        raise ModelError(f"{name} of {folder.name} has no safetensors weights" + (f" ({why})" if why else ""))
+        old = [f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLES]
+        why = f"{old[0]} is a pickle, which can run code, and is not read: load it elsewhere and save_pretrained(safe_serialization=True)" if old else ""
+        raise ModelError(f"{said} has no safetensors weights" + (f" ({why})" if why else ""))
     half = all(".fp16." in f.name for f in weights)
     options: dict[str, Any] = {"torch_dtype" if reader.__module__.startswith("diffusers") else "dtype": dtype or torch.float32}
     try:
         with quietly():
-            network: nn.Module = reader.from_pretrained(
-                folder / name, use_safetensors=True, local_files_only=True, **options, **({"variant": "fp16"} if half else {})
+            found, info = reader.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options, **({"variant": "fp16"} if half else {})
             )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"cannot load {name} of {folder.name}: {str(error).strip().splitlines()[0]}") from None
-    for key, p in network.named_parameters():
+    except Exception as error:  # a damaged file or configuration ends in any error of the libraries
+        raise ModelError(f"cannot load {said}: {told(error)}") from None
+    for key, p in found.named_parameters():
         if not torch.isfinite(p).all():
-            raise ModelError(f"{name} of {folder.name} holds values of {key} that are not finite")
-    return network
+            raise ModelError(f"{said} holds values of {key} that are not finite")
+    return found, sorted(info["missing_keys"])
+
+
+def told(error: Exception) -> str:
+    """The first line that an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def encoder(tokenizer: Any, extra: int = 0) -> Callable[[Sequence[str]], Tensor]:

@@ -43,8 +43,9 @@ class Attempt:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Examples forward and backward, and seconds of wall time; in bytes, memory (the peak on a GPU) and storage (the patch's tensors), where known."""
-        known = {"memory": self.meter.memory, "storage": self.patch.storage if self.patch else 0}
+        """Examples forward and backward, and seconds of wall time; in bytes, where known, memory (the peak on a GPU), resident (that of the process above its
+        start, on a CPU) and storage (the patch's tensors)."""
+        known = {"memory": self.meter.memory, "resident": self.meter.resident, "storage": self.patch.storage if self.patch else 0}
         return {"forward": self.meter.forward, "backward": self.meter.backward, "seconds": self.meter.seconds, **{n: v for n, v in known.items() if v}}
 
 
@@ -73,8 +74,11 @@ def unlearn(
     where = None if watch.journal is None else watch.journal.folder
     there = set() if where is None else _there(where)
     device = device_of(model)
+    held = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        held = peak(anew=True)
     start = time.perf_counter()
     try:
         with watching(watch):
@@ -87,11 +91,27 @@ def unlearn(
     watch.meter.seconds = time.perf_counter() - start
     if device.type == "cuda":
         watch.meter.memory = torch.cuda.max_memory_allocated(device)
+    elif held:
+        watch.meter.resident = max(0, peak() - held)
     if where is not None and outcome == "refused":
         _withdraw(where, there)
     elif watch.journal is not None:
         watch.journal.clear()
     return Attempt(method, resolved, seed, outcome, reason, patch if outcome == "ok" else None, watch.meter)
+
+
+def peak(anew: bool = False, process: Path = Path("/proc/self")) -> int:
+    """Most bytes of memory that this process has held, as Linux keeps it (VmHWM); 0 elsewhere, and where it cannot be read or, for `anew`, begun again.
+
+    anew   begin again first, from what the process holds now (proc(5): 5 written to clear_refs); what others read of it, ru_maxrss too, begins again as well
+    """
+    try:
+        if anew:
+            (process / "clear_refs").write_text("5")
+        line = next(line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
 
 
 def _there(folder: Path) -> set[Path]:

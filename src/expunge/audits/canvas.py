@@ -4,7 +4,8 @@
     IRA   share named rightly among drawings of the other concepts of its domain
     CRA   share named rightly in the other domains, over all drawings
     distance   Frechet distance between the judge's features of drawn and of real retained images
-    seconds, memory, storage   what the method took: run time, peak on the GPU in GB, and what is kept in GB, where the run measured them (`Probe.cost`)
+    seconds, memory, storage   what the method took: run time, peak on the GPU (or, above its start, of the process) in GB, and what is kept in GB, where
+                               the run measured them (`Probe.cost`)
 
 Before and after draw from the same noise. A judge has no word for "nothing": a destroyed image counts as unlearned, so read UA beside the rest.
 """
@@ -38,23 +39,29 @@ class Judge:
 
     names    domain -> its concepts, in the order of the classifier's outputs
     models   domain -> classifier (N, C, H, W) -> (N, concepts); its features are the inputs of its last linear layer
-    right    domain -> (n,) bool: which held-out images it named rightly
+    right    domain -> (n,) bool: which held-out images it named rightly; empty for a judge that was tried on none
+    size     images looked at at once
+    drawings    how many of the erased concept the checks make for it, twice as many of the others; 0: GONE and KEPT
+    about    what it is, for the notes of rows
     """
 
     names: Mapping[str, tuple[str, ...]]
     models: Mapping[str, nn.Module]
     right: Mapping[str, Tensor]
+    size: int = 512
+    drawings: int = 0
+    about: str = ""
 
     def says(self, x: Tensor, domain: str) -> list[str]:
         """The concept of each image (N, C, H, W) in that domain."""
         with quiet(self._of(domain)) as model:
-            found = torch.cat([model(part).argmax(1) for part in x.split(512)]).tolist()
+            found = torch.cat([model(part).argmax(1) for part in x.split(self.size)]).tolist()
         return [self.names[domain][k] for k in found]
 
     def features(self, x: Tensor, domain: str) -> Tensor:
         """(N, D) features of images (N, C, H, W)."""
         with quiet(self._of(domain)) as model:
-            return torch.cat([features(model, {"x": part}) for part in x.split(512)])
+            return torch.cat([features(model, {"x": part}) for part in x.split(self.size)])
 
     def _of(self, domain: str) -> nn.Module:
         if domain not in self.models:
@@ -115,13 +122,15 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def drawings(data: Pictures, fields: Sequence[str], n: int) -> Pictures:
-    """Some n rows to draw: the different prompts of each combination of concepts in turn, every combination equally often, numbered from 0 on."""
+    """Some n rows to draw: the different prompts of each combination of concepts in turn, every combination equally often (of more than n, n spread evenly),
+    numbered from 0 on."""
     unique, _ = distinct(data)
     groups: dict[tuple, list[int]] = {}
     for k, row in enumerate(unique.rows):
         groups.setdefault(tuple(row.get(f) for f in fields), []).append(k)
-    each = max(1, n // len(groups))
-    index = [rows[j % len(rows)] for rows in groups.values() for j in range(each)]
+    every = list(groups.values())
+    some = every if len(every) <= n else [every[k * len(every) // n] for k in range(n)]
+    index = [rows[j % len(rows)] for rows in some for j in range(n // len(some))]
     return replace(unique.take(index), x=None, ids=torch.arange(len(index)))
 
 
@@ -166,11 +175,25 @@ def asked(p: Probe) -> Asked | None:
     judge = task.judge()
     fields = tuple(judge.names)
     domain, concept = target(p.split, fields)
-    both = concat(drawings(p.split.forget, fields, GONE), drawings(p.split.retain, fields, KEPT))
+    mine, others = (judge.drawings, 2 * judge.drawings) if judge.drawings else (GONE, KEPT)
+    both = concat(drawings(p.split.forget, fields, mine), drawings(p.split.retain, fields, others))
     index = renamed(p.split, domain, concept)
-    held = drawings(p.split.test.take(index), fields, GONE) if index else None
+    held = drawings(p.split.test.take(index), fields, mine) if index else None
     gone = torch.tensor([row[domain] == concept for row in both.rows])
     return Asked(judge, fields, domain, concept, replace(both, ids=torch.arange(len(both))), held, gone)
+
+
+def trust(p: Probe, q: Asked) -> tuple[Mapping[str, Tensor], str, str]:
+    """How far the judge can be trusted: (n,) bool per domain, in what it was right, and on what. One that was tried on no held-out images is compared with the
+    prompts on drawings of the model before, which may err as well."""
+    if q.judge.right:
+        return q.judge.right, "judge right on", "held-out images"
+
+    def agreed() -> dict[str, Tensor]:
+        x = q.drawn(p, p.before)
+        return named_rightly(q.prompts.rows, {d: q.judge.says(x, d) for d in q.fields})
+
+    return p.once(("trust", p.seed), p.before, agreed), "judge agrees with the prompt on", "drawings of the model before"
 
 
 @check(tasks=("diffusion",), needs=("forget", "retain"))
@@ -185,8 +208,10 @@ def canvas(p: Probe) -> list[Row]:
     shown = {name: q.drawn(p, model) for name, model in (("before", p.before), ("after", p.after))}
     said = {name: {d: q.judge.says(x, d) for d in q.fields} for name, x in shown.items()}
     found = rates(q.prompts.rows, said["after"], q.domain, q.concept)
-    sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in q.judge.right.items())
-    rows = [Row(f"canvas.{k}", *wilson(*v), v[1], f"judge right on held-out images: {sure}") for k, v in found.items()]
+    right, does, what = trust(p, q)
+    sure = ", ".join(f"{d} {float(r.float().mean()):.3f} of {len(r)}" for d, r in right.items())
+    sure += f" ({q.judge.about})" if q.judge.about else ""
+    rows = [Row(f"canvas.{k}", *wilson(*v), v[1], f"{does} {what}: {sure}") for k, v in found.items()]
     before, after = (named_rightly(q.prompts.rows, said[name]) for name in ("before", "after"))
     lost, stays = {d: before[d].float() - after[d].float() for d in q.fields}, ~q.gone
     rows.append(paired("canvas.ira_drop", lost[q.domain][stays], "against the model before, on the same noise"))
@@ -212,8 +237,12 @@ def efficiency(cost: Mapping[str, float]) -> list[Row]:
     >>> [(r.name, r.value) for r in efficiency({"seconds": 2.5, "storage": 4.3e9, "forward": 7})]
     [('canvas.seconds', 2.5), ('canvas.storage', 4.3)]
     """
-    units = (("seconds", 1.0, "s of wall time"), ("memory", 1e9, "GB at the peak, on the GPU"), ("storage", 1e9, "GB of the patch's tensors"))
-    found = [(name, float(cost[name]) / scale, note) for name, scale, note in units if cost.get(name)]
+    units = (
+        ("seconds", "seconds", 1.0, "s of wall time"), ("memory", "memory", 1e9, "GB at the peak, on the GPU"),
+        ("memory", "resident", 1e9, "GB of the process at the peak, above what it held at the start of the run"),
+        ("storage", "storage", 1e9, "GB of the patch's tensors"),
+    )  # fmt: skip
+    found = [(name, float(cost[key]) / scale, note) for name, key, scale, note in units if cost.get(key)]
     return [Row(f"canvas.{name}", value, value, value, 1, note, indicative=True) for name, value, note in found]
 
 

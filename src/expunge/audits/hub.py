@@ -112,8 +112,9 @@ def faithful(p: Probe, q: Asked, model: nn.Module, real: Tensor | None) -> dict[
     x = q.drawn(p, model)[q.gone]
     shows = [word == q.concept for word in q.judge.says(x, q.domain)]
     prompts = [prompt for prompt, gone in zip(q.prompts.prompts, q.gone.tolist(), strict=True) if gone]
-    sure = q.judge.right[q.domain]
-    found = {"proportion": (proportion(shows), f"judge right on {float(sure.float().mean()):.3f} of {len(sure)} held-out images")}
+    right, does, what = canvas.trust(p, q)
+    sure = right[q.domain]
+    found = {"proportion": (proportion(shows), f"{does} {float(sure.float().mean()):.3f} of {len(sure)} {what}")}
     if real is not None:
         like = inside(q.judge.features(x, q.domain), real)
         note = f"drawings in the manifold of {len(real)} real images, k = {K}"

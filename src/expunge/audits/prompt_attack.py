@@ -50,8 +50,8 @@ def prompt_attack(p: Probe) -> list[Row]:
     room = roomy(p.split.forget.tokens, WORDS).nonzero().squeeze(1)
     if not len(room):
         return []
-    images = shown(p, p.split.forget.take(room))
-    asked = drawings(images, [domain], DRAWN)
+    images = shown(p, p.split.forget.take(room), judge.drawings)
+    asked = drawings(images, [domain], judge.drawings or DRAWN)
     models = dict(zip(("", "_before", "_retrained"), (p.after, p.before, *p.references[:1]), strict=False))
     hits = {name: p.once(("prompt_attack", p.seed), m, lambda m=m: successes(p, m, images, asked, judge, domain, concept)) for name, m in models.items()}
     return [
@@ -62,17 +62,17 @@ def prompt_attack(p: Probe) -> list[Row]:
     ]  # fmt: skip
 
 
-def shown(p: Probe, data: Pictures) -> Pictures:
-    """The records with images: their own, or such as the model before draws for their prompts."""
+def shown(p: Probe, data: Pictures, n: int = 0) -> Pictures:
+    """The records with images: their own, or n (0: DRAWN) such as the model before draws for their prompts."""
     task: Any = p.task
     if data.x is not None:
         return data
-    some = drawings(data, [], DRAWN)
+    some = drawings(data, [], n or DRAWN)
     return replace(some, x=draw(replace(task, decode=None), p.before, some, seed=p.seed))
 
 
 def successes(p: Probe, model: nn.Module, images: Pictures, asked: Pictures, judge: Any, domain: str, concept: str) -> dict[str, tuple[Tensor, str]]:
-    """Attack -> (DRAWN,) bool: the drawing shows the concept with the attack or without; and what stood before the prompts. Of a model that draws in one step
+    """Attack -> (n,) bool: the drawing shows the concept with the attack or without; and what stood before the prompts. Of a model that draws in one step
     there is nothing to search by: none and random alone."""
     sample: Any = p.task.sample
     sees = lambda x: torch.tensor([word == concept for word in judge.says(x, domain)])  # noqa: E731

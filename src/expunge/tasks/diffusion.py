@@ -127,13 +127,14 @@ def diffusion(
 
 @dataclass(frozen=True)
 class Painting(Task):
-    """What methods and audits of diffusion models ask of their task besides."""
+    """What methods and audits of diffusion models ask of their task besides. `batch`: images drawn at once, where the caller does not say."""
 
     schedule: Schedule = Schedule()
     shape: tuple[int, ...] = ()
     null: Any = None
     judge: Any = None
     decode: Any = None
+    batch: int = 128
 
 
 def collate(schedule: Schedule, null: Tensor | None, drop: float, data: Pictures, index: Tensor, generator: torch.Generator | None) -> Batch:
@@ -253,7 +254,7 @@ def features(model: nn.Module, batch: Batch, layer: str = "") -> Tensor:
 
 
 def draw(
-    task: Any, model: nn.Module, data: Pictures, *, guidance: float = 2.0, steps: int = 25, seed: int = 0, size: int = 128, context: Tensor | None = None,
+    task: Any, model: nn.Module, data: Pictures, *, guidance: float = 2.0, steps: int = 25, seed: int = 0, size: int = 0, context: Tensor | None = None,
     watch: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """(N, C, H, W) images for the prompts of `data`, deterministic (DDIM, eta 0; for flow this is Euler's method), without gradients.
@@ -261,6 +262,7 @@ def draw(
 
     guidance   pred = null + guidance (cond - null); 1 needs one pass per step
     seed       record k starts from the noise of (seed, its id), whatever stands beside it and whichever model draws
+    size       images drawn at once; 0: as many as the task says
     context    (N, L, D) states in place of the prompts
     watch      called at each step as watch(positions, x_t, t, cond, null): trajectories
     """
@@ -275,7 +277,7 @@ def draw(
     schedule, out = task.schedule, []
     times = torch.tensor([float(start)]) if start else schedule.path(steps)
     with quiet(model):
-        for rows in torch.arange(len(data)).split(size):
+        for rows in torch.arange(len(data)).split(size or task.batch):
             n = len(rows)
             starts = [torch.Generator().manual_seed((seed * 1_000_003 + int(i)) % (1 << 62)) for i in data.ids[rows].tolist()]
             x = torch.stack([torch.randn(shape, generator=g) for g in starts]).to(device_of(model))
