@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from worlds import original, retrained, trained
 
 from expunge.bench import run, table
-from expunge.bench.worlds import world
+from expunge.bench.worlds import World, world
 from expunge.errors import DataError, SettingError
 
 
@@ -78,6 +79,31 @@ def _cell(method: str, gap: float | None, far: float = 2.0, seed: int = 0) -> di
         "world": "w", "scenario": "random", "method": method, "seed": seed, "outcome": "ok", "share": 0.1, "references": 3, "date": "d", "machine": "m",
         "rows": rows,
     }  # fmt: skip
+
+
+def test_drawings_train_no_references(tmp_path, monkeypatch):
+    """Their checks read none; `all` stands beside labels of variants."""
+    seen = []
+
+    def cell(w, scenario, method, seed, original, refs, *_):
+        seen.append((method, len(refs)))
+        return {**_cell(method, None, seed=seed), "scenario": scenario, "settings": run.settings(w, method)}
+
+    monkeypatch.setattr(World, "_model", lambda *_: nn.Identity())
+    monkeypatch.setattr(run, "run_cell", cell)
+    run.bench("text2digit", ["all", "esd+retain"], 1, out=tmp_path, cache=tmp_path)
+    assert {n for _, n in seen} == {0} and {"uce", "esd", "esd+retain", "retrain", "nothing"} <= {m for m, _ in seen}
+    assert not {"scrub", "fine_tune", "adapt_then_unlearn"} & {m for m, _ in seen}
+    seen.clear()
+    run.bench("digits", "scrub", 1, ("class",), out=tmp_path, cache=tmp_path)
+    assert set(seen) == {(m, 3) for m in ("nothing", "fine_tune", "reset_last", "retrain", "scrub")}
+
+
+def test_cpu_seconds_have_a_column_where_they_were_measured():
+    cells = [{**_cell("uce", 0.5), "cpu_seconds": 1.5}, {**_cell("retrain", 1.0), "cpu_seconds": None}]
+    text = table.markdown(cells)
+    assert "| CPU s |" in text and "| 1.5 | 0.1 | ok |" in text and "| - | 0.1 | ok |" in text
+    assert "CPU s" not in table.markdown([_cell("uce", 0.5)])
 
 
 def test_texts_are_ranked_by_what_is_not_told_apart():

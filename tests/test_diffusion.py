@@ -311,6 +311,24 @@ def test_esd_of_the_card():
     assert torch.equal(esd.negated(e0, ec, 0.0), e0) and torch.allclose(esd.negated(e0, ec, -1.0), ec)
 
 
+def test_esd_beside_the_anchor():
+    """base=anchor moves towards e_anchor - (ec - e_anchor) more than towards what base=null wants; passes are those of its cost; no anchor is refused."""
+    model, task, split = small("diffusion")
+    few, watch = {"steps": 30, "trajectories": 3, "path": 4, "lr": 3e-3, "seed": 3}, Guard()
+    attempt = unlearn("esd", model, task, split, guard=watch, base="anchor", **few)
+    assert (watch.meter.forward, watch.meter.backward) == METHODS["esd"].expected(split, attempt.settings)
+    data, at = pool(model, task, split.forget, 3, guidance=3.0, steps=4, seed=3)
+    instead = under(model, task, at, counterparts(data, split.forget, split.anchor))
+    after = under(patched(model, attempt), task, at, data.tokens)
+    far = {name: float((after - esd.negated(base, at.cond, 1.0)).square().mean()) for name, base in (("anchor", instead), ("null", at.null))}
+    start = float((at.cond - esd.negated(instead, at.cond, 1.0)).square().mean())
+    assert far["anchor"] < 0.5 * start and far["anchor"] < far["null"]
+    with pytest.raises(SettingError, match="base=anchor needs an anchor"):
+        METHODS["esd"](model, task, replace(split, anchor=None), base="anchor", **few)
+    with pytest.raises(SettingError, match="base must be one of null, anchor"):
+        METHODS["esd"](model, task, split, base="empty", **few)
+
+
 def test_a_pool_holds_the_states_of_sampling():
     """Each kept state is the one that sampling passes through, with the frozen model's two predictions there."""
     model, task, split = small("diffusion")

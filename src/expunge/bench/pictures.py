@@ -36,6 +36,8 @@ OTHERS = ("one {}", "a small picture of a {}", "drawing of the {}")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OBJECTS = ("disc", "square", "triangle", "ring", "cross", "bar")
 STYLES = ("plain", "striped", "dotted", "outlined", "inverted", "shaded")
+ROOMY = 10
+"""Tokens of a prompt of `shapes`: the longest has seven words, and attacks put two before them."""
 FEW_OBJECTS, FEW_STYLES = ("disc", "triangle", "cross", "bar"), ("plain", "striped", "outlined", "inverted")
 """Those of `shapes-small`: without the ring, which an outlined disc looks like, and the square, which takes long to tell from a disc."""
 SYNONYMS = {
@@ -79,12 +81,12 @@ def prompts(names: Mapping[str, Sequence[str]], templates: Sequence[str], *, syn
 def build(
     name: str, x: Tensor, labels: Mapping[str, Tensor], held: tuple[Tensor, Mapping[str, Tensor]], names: Mapping[str, Sequence[str]],
     targets: Mapping[str, tuple[str, str]], recipe: dict[str, Any], judge: dict[str, Any],
-    widths: tuple[int, ...] = (16, 32, 64), share: float = 0.2,
+    widths: tuple[int, ...] = (16, 32, 64), share: float = 0.2, length: int = 8,
 ) -> World:  # fmt: skip
-    """A world of images in [-1, 1] with labels by domain; targets: scenario -> (concept, anchor concept)."""
+    """A world of images in [-1, 1] with labels by domain; targets: scenario -> (concept, anchor concept); length: tokens of a prompt."""
     rows, other = captioned(x, labels, names, 0, share)
     spare = prompts(names, OTHERS, synonyms=False) + prompts(names, TEMPLATES[:2], synonyms=True)
-    vocabulary = words([*(r["prompt"] for r in rows), *(r["prompt"] for r in spare)])
+    vocabulary = words([*(r["prompt"] for r in rows), *(r["prompt"] for r in spare)], length)
     data = Pictures(x, vocabulary([r["prompt"] for r in rows]), torch.arange(len(x)), tuple(rows), vocabulary)
     held_out = Pictures(None, vocabulary([r["prompt"] for r in spare]), len(x) + torch.arange(len(spare)), tuple(spare), vocabulary)
     tuning = torch.tensor([r["prompt"].startswith("one ") for r in spare])
@@ -101,7 +103,7 @@ def build(
             forget, data.take((~has).nonzero().squeeze(1)), held_out.take((~tuning).nonzero().squeeze(1)), held_out.take(tuning.nonzero().squeeze(1)), instead,
             asked=f"{domain}:{concept}",
         )  # fmt: skip
-    make = functools.partial(diffusion_model, vocabulary.size, channels=x.shape[1], widths=widths)
+    make = functools.partial(diffusion_model, vocabulary.size, channels=x.shape[1], widths=widths, length=length)
     return World(name, task, make, data, held_out, held_out, recipe, asked=asked)
 
 
@@ -219,11 +221,11 @@ def shapes(name: str) -> World:
     """Six objects in six styles (of `shapes-small` four and four); the request is a style (`striped`) or an object (`ring`, there `cross`)."""
     few = name.startswith("shapes-small")
     objects, styles = (FEW_OBJECTS, FEW_STYLES) if few else (OBJECTS, STYLES)
-    recipe = {**RECIPE, "epochs": 44 if few else 40, "lr": 3e-3}
+    recipe = {**RECIPE, "epochs": 44 if few else 60, "lr": 3e-3}
     targets = {"style": ("striped", "plain"), "object": ("cross" if few else "ring", "disc")}
     x, labels = shape_set(objects, styles, 70, 0)
     held, names, judge = shape_set(objects, styles, 10, 1), {"style": styles, "object": objects}, {"epochs": 12, "lr": 0.02} if few else {"epochs": 10}
-    return build(name, x, labels, held, names, targets, recipe, judge, share=0.5 if few else 0.2)
+    return build(name, x, labels, held, names, targets, recipe, judge, share=0.5 if few else 0.2, length=8 if few else ROOMY)
 
 
 def world(name: str) -> World:

@@ -36,13 +36,16 @@ CHECKED = ("tofu", "memorised", "membership_text", "drop", "membership", "wordin
 """Checks of language cells; the others add nothing to the table."""
 
 DRAWN = ("canvas", "prompt_attack")
-"""Checks of cells of diffusion models; with `slow` all of them."""
+"""Checks of cells of diffusion models, which read no retrained models; with `slow` all of them."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "esd+retain": ("esd", {"alpha": 1.0}),
+    "esd+anchor": ("esd", {"alpha": 1.0, "base": "anchor"}),
     "concept_ablation+retain": ("concept_ablation", {"alpha": 1.0}),
     "advunlearn+xattn": ("advunlearn", {"part": "xattn"}),
     "slug+xattn": ("slug", {"part": "xattn"}),
+    "sfd+control": ("sfd", {"instead": "itself"}),
+    "adapt_then_unlearn+control": ("adapt_then_unlearn", {"repulsion": "none"}),
     "reset_last": TRIVIAL["reset_last"],
 }
 """Label of a table -> method and settings: variants that are read beside a method's defaults, and the baselines."""
@@ -50,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}},
     "digits-wrong": {"reset_fine_tune": {"epochs": 7.4}},
+    "shapes": {"rece": {"rounds": 1}, "trce": {"lr": 3e-4}},
     "mnist-wrong": {"reset_fine_tune": {"epochs": 3.72, "batch_size": 64}},
     "cifar10": {
         "scrub": {"lr": 0.01},
@@ -94,18 +98,23 @@ def seed_numbers(text: str) -> Sequence[int]:
 
 def bench(
     name: str, methods: Sequence[str] | str = "all", seeds: int | Sequence[int] = 3, scenarios: Sequence[str] = (), out: Path | str = "bench-out",
-    *, references: int = 3, slow: bool = False, cache: Path | None = None, progress: Callable[[str, int, int], None] | None = None,
+    *, references: int | None = None, slow: bool = False, cache: Path | None = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the cells that are not in OUT/NAME.jsonl yet; returns all cells and writes OUT/NAME.md.
 
     scenarios   those of the world when none is named
+    methods    names, labels of VARIANTS, and "all" for every method that suits the world
     seeds    how many, from 0 on, or which; the seed decides the original that is unlearned, too
+    references    retrained models that a cell is read against: 3, and none where the checks of its table read none (DRAWN)
     Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed. The baselines (doing
     nothing, fine-tuning on retain, a last layer drawn anew, retraining) stand in every table, whatever was asked for.
     """
     w, cache = world(name), cache or cache_folder()
     scenarios = scenarios or w.scenarios
-    asked = list(METHODS) if methods == "all" else [m for m in methods if METHODS[resolve(m)[0]]]
+    if references is None:
+        references = 0 if w.task.name == "diffusion" and not slow else 3
+    named = [methods] if isinstance(methods, str) else methods
+    asked = [m for name in named for m in (METHODS if name == "all" else [name]) if METHODS[resolve(m)[0]]]
     chosen = list(dict.fromkeys([NOTHING, "fine_tune", "reset_last", "retrain", *asked]))
     path = Path(out) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +176,7 @@ def run_cell(
     further   the candidate of method retrain: one more retrained model, which is none of the references
     """
     split = w.split(scenario)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     if method == NOTHING:
         attempt, after = Attempt(NOTHING, {}, seed, "no_op", "left as it is", None), original
     elif further is not None:
@@ -183,7 +192,7 @@ def run_cell(
             asked["lr"] = stride(asked, w.task, original)
         attempt = unlearn(resolve(method)[0], original, w.task, split, seed=seed, **asked)
         after = patched(original, attempt)
-    ran = time.perf_counter() - start
+    ran, cpu = time.perf_counter() - start, 0.0 if method == NOTHING else time.process_time() - cpu
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
     audited = attempt.outcome == "ok" or method == NOTHING
     brief = () if slow else {"causal_lm": CHECKED, "diffusion": DRAWN}.get(w.task.name, ())
@@ -194,8 +203,8 @@ def run_cell(
             del scores[key]
     return {
         "world": w.name, "scenario": scenario, "method": method, "seed": seed, "settings": settings(w, method), "outcome": attempt.outcome,
-        "lr": attempt.settings.get("lr"), "reason": attempt.reason, "seconds": ran, "share": attempt.meter.passes / retrain_passes(w, scenario),
-        "references": len(refs),
+        "lr": attempt.settings.get("lr"), "reason": attempt.reason, "seconds": ran, "cpu_seconds": None if further is not None else cpu,
+        "share": attempt.meter.passes / retrain_passes(w, scenario), "references": len(refs),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
         "rows": [asdict(r) for r in rows],
     }  # fmt: skip

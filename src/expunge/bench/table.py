@@ -70,11 +70,13 @@ def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
         out.append(apart(mine) + "\n")
         gap = () if valid(mine) else ("gap_closed.klom",)
         columns = [c for c in COLUMNS if c[1] not in gap and any(c[1] in by_name(cell) for cell in mine)]
-        out.append("| method | " + " | ".join(h for h, _, _ in columns) + " | share of retraining's passes | outcome |")
-        out.append("|---" * (len(columns) + 3) + "|")
+        timed = any(c.get("cpu_seconds") for c in mine)
+        out.append("| method | " + " | ".join(h for h, _, _ in columns) + (" | CPU s" if timed else "") + " | share of retraining's passes | outcome |")
+        out.append("|---" * (len(columns) + 3 + timed) + "|")
         for method in ranked(mine):
             group = [c for c in mine if c["method"] == method]
             values = [_spread([_value(c, row, factor) for c in group]) for _, row, factor in columns]
+            values += [_spread([c.get("cpu_seconds") for c in group])] if timed else []
             outcomes = ", ".join(sorted({c["outcome"] for c in group}))
             out.append(f"| {method} | " + " | ".join(values) + f" | {_spread([c['share'] for c in group])} | {outcomes} |")
         out.append("")
