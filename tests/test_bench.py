@@ -120,10 +120,16 @@ def test_texts_are_ranked_by_what_is_not_told_apart():
     assert "doing nothing 1.9 (1.8 to 2)" in (text := table.markdown(cells)) and "on every seed: c." in text
 
 
+def test_tables_without_klom_say_why_nothing_is_ranked():
+    cell = {**_cell("slug", None), "rows": [{"name": "zero_shot.forget", "value": 0.5, "low": 0.4, "high": 0.6, "n": 40}]}
+    assert "have no KLOM: alphabetical" in table.apart([cell]) and "No retrained models" in table.apart([{**cell, "references": 0}])
+
+
 def test_drawings_have_columns_of_their_own():
     rows = [{"name": n, "value": v, "low": v, "high": v, "n": 40} for n, v in (("canvas.ua", 0.95), ("canvas.ira", 1.0))]
     text = table.markdown([{**_cell("uce", None), "rows": rows}])
     assert "| method | UA | IRA |" in text and "| uce | 95 | 100 |" in text and "judge" in text
+    assert "Drawings per seed: 40 of the concept, 40 of its neighbours." in text
 
 
 def test_table_ranks_only_valid_worlds():

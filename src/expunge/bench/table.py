@@ -97,14 +97,21 @@ def apart(cells: Sequence[Mapping[str, Any]]) -> str:
         good = [m for m in dict.fromkeys(c["method"] for c in cells) if m not in (NOTHING, "retrain") and reaches(cells, m)]
         reached = ", ".join(good) or "no method"
         return f"D over its critical value: doing nothing {_spread(far)}. At most 1, with 95 % of the utility before, on every seed: {reached}."
-    if any("canvas.ua" in by_name(c) for c in cells):
-        return "What a judge sees in the drawings, in %; alphabetical."
+    if drawn := next((rows for c in cells if "canvas.ua" in (rows := by_name(c))), None):
+        counted = (
+            ("of the concept", "canvas.ua"),
+            ("of its neighbours", "canvas.ira"),
+            ("under other names", "canvas.alias"),
+            ("under each attack", "prompt_attack.soft"),
+        )
+        numbers = ", ".join(f"{drawn[row]['n']} {what}" for what, row in counted if row in drawn)
+        return f"What a judge sees in the drawings, in %; alphabetical. Drawings per seed: {numbers}."
     rows = [by_name(c) for c in cells if c["method"] == NOTHING]
     far = [r["klom_before.forget"]["value"] for r in rows if "klom_before.forget" in r]
     floor = [r["klom_floor.forget"]["value"] for r in rows if "klom_floor.forget" in r]
     kept = [r["klom_before.retain"]["value"] for r in rows if "klom_before.retain" in r]
     if not far:
-        return "No retrained models: methods cannot be ranked."
+        return "No retrained models: methods cannot be ranked." if not cells[0]["references"] else "Models of this kind have no KLOM: alphabetical."
     end = "Ranked by gap closed." if valid(cells) else "Doing nothing does not fail: this world is not valid for ranking, the order is alphabetical."
     return f"KLOM on forget: doing nothing {_spread(far)} (on retain {_spread(kept)}), floor {_spread(floor)}. {end}"
 
