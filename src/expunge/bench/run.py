@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"gradient_ascent": {"lr": 0.03, "momentum": 0.9}},
     "digits-wrong": {"reset_fine_tune": {"epochs": 7.4}},
-    "shapes": {"rece": {"rounds": 1}, "trce": {"lr": 3e-4}},
+    "shapes": {"trce": {"lr": 3e-4}},
     "mnist-wrong": {"reset_fine_tune": {"epochs": 3.72, "batch_size": 64}},
     "cifar10": {
         "scrub": {"lr": 0.01},

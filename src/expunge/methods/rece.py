@@ -15,7 +15,8 @@ Settings
     first       the same in the first edit
     most        retained prompts at most, drawn by seed
 Differs  The code edits all 77 places of a prompt, start and padding included (tokens=all), preserves the empty prompt alone, and keeps the round whose
-         pictures the reporting detector likes best: here the number of rounds is fixed, and nothing is drawn.
+         pictures the reporting detector likes best: here the number of rounds is fixed, and nothing is drawn. Published: 1 round for artists and hard
+         objects, 2 or 3 for what is unsafe; a second one cost others here, and brought the concept back on some seeds.
 Check
     >>> import torch
     >>> W0, W = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5 / 3, 2.0], [11 / 3, 4.0]])
@@ -51,7 +52,7 @@ def regenerating(now: Sequence[Tensor], was: Sequence[Tensor], gamma: float) -> 
 
 @method(paper="arXiv:2407.12383", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=lambda n, s: (0, 0), toy={})
 def rece(
-    model: nn.Module, task: Any, split: Split, *, rounds: int = 2, gamma: float = 0.1, tokens: str = "last", erase: float = 1.0, preserve: float = 1.0,
+    model: nn.Module, task: Any, split: Split, *, rounds: int = 1, gamma: float = 0.1, tokens: str = "last", erase: float = 1.0, preserve: float = 1.0,
     lam: float = 0.1, first: float = 0.5, most: int = 1000, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
