@@ -155,7 +155,8 @@ def text2digit(name: str) -> World:
         with np.load(path, allow_pickle=False) as z:
             parts = [(small(z[f"x_{k}"][:n]), torch.as_tensor(z[f"y_{k}"][:n].astype(np.int64))) for k, n in (("train", 10_000), ("test", 1000))]
         (x, y), (held_x, held_y) = parts
-        return build(name, x, {"object": y}, (held_x, {"object": held_y}), names, targets, {**RECIPE, "epochs": 20 if "epsilon" in name else 7.5}, {"epochs": 4})
+        recipe = {**RECIPE, "epochs": 20 if "epsilon" in name else 7.5}
+        return build(name, x, {"object": y}, (held_x, {"object": held_y}), names, targets, recipe, {"epochs": 4})
     (x, y), (held_x, held_y) = digit_images()
     return build(name, x, {"object": y}, (held_x, {"object": held_y}), names, targets, {**RECIPE, "epochs": 40}, {})
 
