@@ -102,7 +102,6 @@ def test_the_gradient_by_hand_is_that_of_autograd(build):
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
         for a, b in zip(found[0][1], found[1][1], strict=True):
             torch.testing.assert_close(a, b)
-            assert weights is not None or "head" in build or torch.equal(a, b), "a chain of several layers gives the bits of autograd"
 
 
 def test_who_is_computed_by_hand():
@@ -135,9 +134,9 @@ def test_rows_gathered_many_at_a_time_are_those_of_one_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
-@pytest.mark.parametrize("kind", [lambda: nets.mlp(6, 3, 11), lambda: nn.Linear(6, 3)], ids=["mlp", "head"])
+@pytest.mark.parametrize("kind", [lambda: nets.mlp(6, 3, 11), lambda: nets.mlp(6, 11, 33), lambda: nn.Linear(6, 3)], ids=["mlp", "wide", "head"])
 def test_alike_no_bit_depends_on_who_else_is_in_the_stack(kind, options):
-    """Exact deletion trains some of them again, and must end where all of them together did."""
+    """Exact deletion trains some of them again, and must end where all of them together did: also where matrices begin at odd addresses."""
     data, recipe = parts((50, 33, 40, 61)), {**RECIPE, **options, "schedule": "constant", "alike": True}
     whole = built(kind, 4)
     stacked.train(whole, classification(), data, seeds=range(4), **recipe)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ PLAN = 32
 COPY = 256 << 20
 """Most bytes of inputs of all parts that are copied side by side, so that one look-up serves all models; larger ones are looked up model by model."""
 
+ALIGNED = 16
+"""Numbers in 64 bytes: where each matrix of a stack begins at a multiple of that, the library's products do not depend on where in the stack it stands."""
+
 SIMPLE = classification.classification()
 """The task whose batches are plain rows and whose gradient `_product` knows."""
 
@@ -54,8 +58,8 @@ def train(
     the loss of a record must not depend on the others of its batch. Raises SettingError for a module that draws random numbers in training (dropout),
     which a stack would draw differently, and for batch norm where a batch must be padded: choose parts of one length then.
 
-    alike   every model ends with the same bits whatever is trained beside it: all batches are padded to `batch_size`. For chains of linear layers under a
-            constant schedule, whose batched products do not depend on how many there are; SettingError for anything else
+    alike   every model ends with the same bits whatever is trained beside it: batches, inputs and inner layers are padded to multiples of ALIGNED. For chains
+            of linear layers under a constant schedule, whose batched products do not depend on how many there are; SettingError for anything else
     """
     if not len(models) == len(parts) == len(seeds):
         raise SettingError(f"stacked training needs as many parts and seeds as models, not {len(parts)} and {len(seeds)} for {len(models)}")
@@ -68,8 +72,13 @@ def train(
     if alike and schedule != "constant":
         raise SettingError(f"the bits of a stack depend on its members under schedule '{schedule}'; use constant, or train one by one")
     for k in range(0, len(models), chunk):
-        batches = [task.batches(part, batch_size, epochs=epochs, seed=seed) for part, seed in zip(parts[k : k + chunk], seeds[k : k + chunk], strict=True)]
-        _train(models[k : k + chunk], task, batches, lr, schedule, dict(options), (k, len(models)), batch_size if alike else 0)
+        mine, given = models[k : k + chunk], parts[k : k + chunk]
+        wide, given = ([_widened(m) for m in mine], [_wide(part) for part in given]) if alike else (mine, given)
+        batches = [task.batches(part, batch_size, epochs=epochs, seed=seed) for part, seed in zip(given, seeds[k : k + chunk], strict=True)]
+        _train(wide, task, batches, lr, schedule, dict(options), (k, len(models)), _up(batch_size) if alike else 0)
+        for model, trained in zip(mine, wide, strict=True):
+            if trained is not model:
+                _narrow(trained, model)
 
 
 def _train(
@@ -103,6 +112,46 @@ def _train(
             if watch.progress:
                 watch.progress(f"{watch.label} {where[0] + len(models)} of {where[1]} models", k + 1, total)
         unstack([models[i] for i in live], params, buffers)
+
+
+def _up(n: int) -> int:
+    """The next multiple of ALIGNED.
+
+    >>> _up(16), _up(17)
+    (16, 32)
+    """
+    return -(-n // ALIGNED) * ALIGNED
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    """A copy of a chain of linear layers whose inputs and inner layers are widened by zeros, which stay zero; any other model as it is."""
+    layers = _chain(model)
+    if layers is None or len({id(m) for _, m in layers}) < len(layers):
+        return model
+    wide = copy.deepcopy(model)
+    linears = [m for _, m in _chain(wide) or () if isinstance(m, nn.Linear)]
+    for m in linears:
+        out = m.out_features if m is linears[-1] else _up(m.out_features)
+        more = (0, _up(m.in_features) - m.in_features, 0, out - m.out_features)
+        m.weight = nn.Parameter(F.pad(m.weight.detach(), more), m.weight.requires_grad)
+        if m.bias is not None:
+            m.bias = nn.Parameter(F.pad(m.bias.detach(), more[2:]), m.bias.requires_grad)
+        m.in_features, m.out_features = m.weight.shape[1], out
+    return wide
+
+
+def _wide(part: Examples) -> Examples:
+    """The part with the inputs of `_widened`: rows flattened and filled up with zeros."""
+    x = part.x.flatten(1)
+    return part if part.x.ndim == 2 and x.shape[1] == _up(x.shape[1]) else replace(part, x=F.pad(x, (0, _up(x.shape[1]) - x.shape[1])))
+
+
+@torch.no_grad()
+def _narrow(wide: nn.Module, model: nn.Module) -> None:
+    """Write the weights of `_widened(model)` back into the model, and put it into eval mode."""
+    for w, p in zip(wide.parameters(), model.parameters(), strict=True):
+        p.copy_(w[tuple(slice(n) for n in p.shape)])
+    model.eval()
 
 
 def _padding(model: nn.Module, task: Task, batches: Sequence[Batches]) -> None:
