@@ -121,7 +121,7 @@ def small_gan() -> tuple[nn.Module, Task, Split]:
 def digit_forger() -> tuple[nn.Module, Task, Split]:
     """A GAN that draws digits, roughly: trained for some ten seconds."""
     w = world("gan-digits")
-    w = replace(w, recipe={**w.recipe, "epochs": 15, "lr": 2e-3}, build=functools.partial(tiny_gan.gan_model, width=16, classes=10))
+    w = replace(w, recipe={**w.recipe, "epochs": 30}, build=functools.partial(tiny_gan.gan_model, width=16, classes=10))
     return once(w, "original", lambda cache: w.original(0, cache)), w.task, w.split("class")
 
 

@@ -147,7 +147,7 @@ def cost(n, s) -> tuple[float, float]:
     return both, both
 
 
-@method(paper="arXiv:2309.14054", tasks=("gan",), needs=("retain",), forgets=("class",), cost=cost, toy={"epochs": 6.0})
+@method(paper="arXiv:2309.14054", tasks=("gan",), needs=("retain",), forgets=("class",), cost=cost, toy={"epochs": 12.0})
 def adapt_then_unlearn(
     model: nn.Module, task: Any, split: Split, *, repulsion: str = "el2", gamma: float = 1.0, weight: float = 1.0, normalise: bool = True, cap: float = 4.0,
     models: int = 1, adapt: float = 4.0, ewc: float = 10.0, epochs: float = 24.0, batch_size: int = 64, lr: float = 4e-4, seed: int = 0,
