@@ -15,22 +15,22 @@ import time
 
 import torch
 
-from expunge import tiny_pipeline
-from expunge.bench.worlds import world
-from expunge.guard import quiet
-from expunge.methods import uce
-from expunge.methods.esd import negated
-from expunge.patch import Replace
-from expunge.pipelines import quietly
-from expunge.run import peak, unlearn
-from expunge.scopes.attention import part
-from expunge.session import scratch
-from expunge.tasks.diffusion import Schedule, diffusion, draw, states
-from expunge.tiny_diffusion import Diffusion, diffusion_model
-from expunge.trajectory import squared
-from expunge.types import Pictures, Split
-from expunge.updates.descend import optimiser
-from expunge.updates.ridge import Ridge
+from expunge.core.guard import quiet
+from expunge.core.patch import Replace
+from expunge.core.session import scratch
+from expunge.core.types import Pictures, Split
+from expunge.engine.run import peak, unlearn
+from expunge.methods.diffusion import uce
+from expunge.methods.diffusion.esd import negated
+from expunge.modalities.diffusion import tiny_pipeline
+from expunge.modalities.diffusion.pipelines import quietly
+from expunge.modalities.diffusion.task import Schedule, diffusion, draw, states
+from expunge.modalities.diffusion.tiny import Diffusion, diffusion_model
+from expunge.modalities.diffusion.trajectory import squared
+from expunge.modalities.worlds import world
+from expunge.parts.scopes.attention import part
+from expunge.parts.updates.descend import optimiser
+from expunge.parts.updates.ridge import Ridge
 
 
 class Reached(Exception):

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from expunge.data.augment import crop_flip
-from expunge.losses import nll, random_labels, relabel
-from expunge.nets import resnet20
-from expunge.session import edit
-from expunge.tasks.classification import classification
-from expunge.types import Examples, Scope
-from expunge.updates.descend import alternate
+from expunge.core.session import edit
+from expunge.core.types import Examples, Scope
+from expunge.data.records.augment import crop_flip
+from expunge.modalities.classification.task import classification
+from expunge.modalities.nets import resnet20
+from expunge.parts.losses import nll, random_labels, relabel
+from expunge.parts.updates.descend import alternate
 
 MEAN, DEVIATION = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
 

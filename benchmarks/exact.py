@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge import nets, training
 from expunge.audits.stats import wilson
-from expunge.bench.worlds import world
-from expunge.exact.design import Design, s3t, safe, sisa
-from expunge.exact.ensemble import fit
-from expunge.tasks.classification import classification
-from expunge.types import Examples
+from expunge.core.types import Examples
+from expunge.guarantees.exact.design import Design, s3t, safe, sisa
+from expunge.guarantees.exact.ensemble import fit
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.modalities.worlds import world
+from expunge.parts import training
 
 WIDTH = 32
 HEADS = {"batch_size": 32, "lr": 0.05, "momentum": 0.9, "stacked": True}

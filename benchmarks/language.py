@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge import remember, tiny
 from expunge.audits.core import Probe
-from expunge.data import authors
-from expunge.data.text import Format
-from expunge.losses import language as losses
-from expunge.methods.rmu import steer
-from expunge.tasks.causal_lm import blocks, causal_lm, hidden
-from expunge.tuning import passes
-from expunge.types import IGNORE, Split, Texts
+from expunge.core.types import IGNORE, Split, Texts
+from expunge.methods.language.rmu import steer
+from expunge.modalities.language import authors, remember, tiny
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.task import blocks, causal_lm, hidden
+from expunge.modalities.language.tuning import passes
+from expunge.parts.losses import language as losses
 
 
 def published_npo(model: nn.Module, reference: nn.Module, batch: dict, beta: float) -> Tensor:
@@ -50,7 +49,7 @@ def published_ce(model: nn.Module, batch: dict) -> Tensor:
 
 
 def run(model: nn.Module, loss: Callable[[int], Tensor], steps: int, *, fused: bool) -> tuple[float, list[float]]:
-    """CPU seconds per AdamW step (fused as in `updates.descend`, or PyTorch's default), and the losses."""
+    """CPU seconds per AdamW step (fused as in `parts.updates.descend`, or PyTorch's default), and the losses."""
     stepper, seen = torch.optim.AdamW(model.parameters(), 1e-4, fused=fused), []
     start = time.process_time()
     for k in range(steps):
@@ -129,7 +128,7 @@ def rmu_steps(model: nn.Module, forget: Texts, retain: Texts, steps: int) -> Non
 def evaluation(model: nn.Module, split: Split) -> None:
     """3: probability, truth ratio, extraction strength, exact memorisation and Min-K of forget and retain, without generated answers."""
     task = causal_lm(split.forget.format.tokenizer)
-    from expunge.audits import memorisation, text_membership, tofu, tokens
+    from expunge.audits.language import memorisation, text_membership, tofu, tokens
 
     def shared() -> None:
         p = Probe(model, model, task, split)

@@ -1,4 +1,4 @@
-"""Selecting the top half of 11 M weights: `scopes.saliency.top` against a double argsort. CPU seconds and peak memory above the scores.
+"""Selecting the top half of 11 M weights: `parts.scopes.saliency.top` against a double argsort. CPU seconds and peak memory above the scores.
 
 Each form runs in a process of its own, so that the peak (VmHWM) is its own.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expunge.scopes.saliency import top
+from expunge.parts.scopes.saliency import top
 
 
 def scores(n: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.patch import Patch, Replace
+from expunge.core.patch import Patch, Replace
 
 
 def clocked(call: Callable[[], Any]) -> tuple[Any, float, float]:

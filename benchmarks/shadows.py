@@ -1,4 +1,4 @@
-"""64 shadow models at digits scale: one stacked pass (`expunge.stacked`) against one after another. CPU seconds, one thread, one run.
+"""64 shadow models at digits scale: one stacked pass (`expunge.engine.stacked`) against one after another. CPU seconds, one thread, one run.
 
 The obvious way trains each with `training.train`; a plain loop of torch alone (no wall, no meter) is the published code's way.
 """
@@ -13,10 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from expunge import nets, stacked, training
 from expunge.audits import pool
-from expunge.bench.worlds import world
-from expunge.types import Examples, Task
+from expunge.core.types import Examples, Task
+from expunge.engine import stacked
+from expunge.modalities import nets
+from expunge.modalities.worlds import world
+from expunge.parts import training
 
 RECIPE = {"epochs": 20, "batch_size": 50, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
 

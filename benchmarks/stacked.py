@@ -1,4 +1,4 @@
-"""16 linear heads and 16 small MLPs on shards: one stacked pass (`expunge.stacked`) against one after another. One thread, one run.
+"""16 linear heads and 16 small MLPs on shards: one stacked pass (`expunge.engine.stacked`) against one after another. One thread, one run.
 
 The sequential way trains each with `training.train`; a plain loop of torch alone (no wall, no meter) is shown beside it.
 """
@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from expunge import stacked, training
-from expunge.tasks.classification import classification
-from expunge.types import Examples
+from expunge.core.types import Examples
+from expunge.engine import stacked
+from expunge.modalities.classification.task import classification
+from expunge.parts import training
 
 RECIPE = {"batch_size": 64, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from expunge.session import edit
-from expunge.types import Scope
+from expunge.core.session import edit
+from expunge.core.types import Scope
 
 
 def layers(n: int) -> nn.Sequential:

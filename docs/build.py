@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from expunge.registry import CHECKS, METHODS, Method
+from expunge.core.registry import CHECKS, METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -88,7 +88,7 @@ def checks_page() -> str:
 def help_of(*command: str) -> str:
     """What `expunge COMMAND --help` prints, at a fixed width and without colour."""
     env = {**os.environ, "COLUMNS": "120", "TERMINAL_WIDTH": "120", "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    run = "import sys; sys.argv[0] = 'expunge'; from expunge.cli import main; main()"
+    run = "import sys; sys.argv[0] = 'expunge'; from expunge.cli.app import main; main()"
     done = subprocess.run([sys.executable, "-c", run, *command, "--help"], capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"expunge {' '.join(command)} --help failed: {done.stderr.strip()[-400:]}")

@@ -7,8 +7,8 @@
 
 import numpy as np
 
-from expunge.bench.worlds import cifar10_part
-from expunge.nets import resnet20
+from expunge.modalities.worlds import cifar10_part
+from expunge.modalities.nets import resnet20
 
 CLASS, SAMPLE = 3, 1000
 

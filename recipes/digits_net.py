@@ -1,6 +1,6 @@
 """The network of recipes/digits-class.toml."""
 
-from expunge.nets import small_cnn
+from expunge.modalities.nets import small_cnn
 
 
 def build():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from worlds import small
 
-from expunge.run import unlearn
+from expunge.engine.run import unlearn
 
 
 def salun(epochs: int, digest: Path, folder: Path | None = None) -> None:

@@ -39,7 +39,7 @@ def _processor() -> str:
 
 def cases() -> list[tuple[str, str, str]]:
     """(method, task, world): every method on every task it names."""
-    from expunge.registry import METHODS
+    from expunge.core.registry import METHODS
 
     return [(name, task, kind) for kind in ("small", "toy") for name in METHODS for task in METHODS[name].tasks]
 
@@ -49,7 +49,7 @@ def digest(name: str, task_name: str, kind: str) -> str:
     from test_laws import quick
     from worlds import small, toy
 
-    from expunge.registry import METHODS
+    from expunge.core.registry import METHODS
 
     model, task, split = (small if kind == "small" else toy)(task_name, METHODS[name].twin == "moe")
     settings = quick(name) if kind == "small" else METHODS[name].toy

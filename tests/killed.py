@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from expunge import nets
-from expunge.exact.design import s3t, safe, sisa
-from expunge.exact.ensemble import fit, load
-from expunge.tasks.classification import classification
-from expunge.types import Examples
+from expunge.core.types import Examples
+from expunge.guarantees.exact.design import s3t, safe, sisa
+from expunge.guarantees.exact.ensemble import fit, load
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
 
 DESIGNS = {
     "sisa": sisa(shards=3, slices=2, epochs=6), "sisa-detach": sisa(shards=3, slices=3, epochs=6, detach=True), "safe": safe(shards=4, epochs=6),

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from worlds import small
 
-from expunge import outcome
-from expunge.audits import ability
 from expunge.audits.core import gate
 from expunge.audits.drop import Z
-from expunge.errors import DataError, SettingError
+from expunge.audits.language import ability
+from expunge.core.errors import DataError, SettingError
+from expunge.planning import outcome
 
 
 def results(acc: float = 0.6, error: Any = 0.03, **more: Any) -> dict[str, Any]:

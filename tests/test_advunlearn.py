@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state, toy
 
-from expunge import attacks
-from expunge.audits import prompt_attack
 from expunge.audits.core import Probe, audit
+from expunge.audits.pictures import prompt_attack
 from expunge.audits.stats import wilson
-from expunge.errors import ModelError, SettingError
-from expunge.methods.advunlearn import nearest
-from expunge.registry import CHECKS, METHODS
-from expunge.run import unlearn
-from expunge.scopes.attention import part
-from expunge.session import scratch
-from expunge.tasks.diffusion import PREDICTIONS, Schedule, diffusion, embedded_states, predict, roomy, states, word_table
-from expunge.updates.bilevel import NAME, attacked, bilevel, seek
+from expunge.core.errors import ModelError, SettingError
+from expunge.core.registry import CHECKS, METHODS
+from expunge.core.session import scratch
+from expunge.engine.run import unlearn
+from expunge.methods.diffusion.advunlearn import nearest
+from expunge.modalities.diffusion import attacks
+from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, embedded_states, predict, roomy, states, word_table
+from expunge.parts.scopes.attention import part
+from expunge.parts.updates.bilevel import NAME, attacked, bilevel, seek
 
 QUICK = {"steps": 5, "trajectories": 3, "path": 3, "batch_size": 6, "inner": 2}
 
@@ -99,7 +99,7 @@ def test_delta_is_among_the_buffers_while_the_session_is_open():
 
 def test_a_run_that_starts_at_the_latest_attack_resumes(tmp_path, monkeypatch):
     """What an attack found is state of the run: killed and called again, the patch is the same, bit for bit."""
-    from expunge import journal
+    from expunge.core import journal
 
     model, task, split = small("diffusion")
     wanted = {**QUICK, "start": "latest", "every": 2, "warmup": 0.0, "seed": 5}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from worlds import digits, retrained
 
-from expunge.audits import distance, membership, stats, utility
+from expunge.audits import distance, stats, utility
 from expunge.audits.core import Probe, Row, Scores, audit, bounds, gate
-from expunge.errors import GateError
+from expunge.audits.membership import losses as membership
+from expunge.core.errors import GateError
 from expunge.report import html, table
 
 

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from worlds import accuracy, copied, same, state
 
-from expunge import training
-from expunge.audits.backdoor import corrected, trigger
+from expunge.audits.records.backdoor import corrected, trigger
+from expunge.audits.records.umd import Detection, core_periphery, deviation, perturbations, rating, theta, transfers, umd
 from expunge.audits.stats import wilson
-from expunge.audits.umd import Detection, core_periphery, deviation, perturbations, rating, theta, transfers, umd
-from expunge.bench.worlds import world
-from expunge.data.expose import collapse, expose, gated, lowest, recover, sample, silence
-from expunge.data.manipulate import Manipulated, added, confuse, corner, deranged, mislabel, poison
-from expunge.errors import ScopeError, SettingError, SplitError
-from expunge.losses import ascent
-from expunge.methods.ebyd import ebyd
-from expunge.run import unlearn
-from expunge.tasks.classification import classification
-from expunge.types import IGNORE, Examples, Out, Split
-from expunge.updates.oneshot import dampening
+from expunge.core.errors import ScopeError, SettingError, SplitError
+from expunge.core.types import IGNORE, Examples, Out, Split
+from expunge.data.records.expose import collapse, expose, gated, lowest, recover, sample, silence
+from expunge.data.records.manipulate import Manipulated, added, confuse, corner, deranged, mislabel, poison
+from expunge.engine.run import unlearn
+from expunge.methods.classifiers.ebyd import ebyd
+from expunge.modalities.classification.task import classification
+from expunge.modalities.worlds import world
+from expunge.parts import training
+from expunge.parts.losses import ascent
+from expunge.parts.updates.oneshot import dampening
 
 DIGITS = world("digits")
 TASK = classification()

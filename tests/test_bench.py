@@ -10,8 +10,8 @@ from torch import nn
 from worlds import original, retrained, trained
 
 from expunge.bench import run, table
-from expunge.bench.worlds import World, world
-from expunge.errors import DataError, SettingError
+from expunge.core.errors import DataError, SettingError
+from expunge.modalities.worlds import World, world
 
 
 def test_forget_and_retain_are_the_training_set():

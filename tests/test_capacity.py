@@ -12,14 +12,15 @@ from datetime import date, timedelta
 import numpy as np
 import pytest
 
-from expunge import cli_exact
-from expunge.errors import DataError, SettingError
-from expunge.exact import capacity_plots, costs
-from expunge.exact.capacity import order, served, spend, table
-from expunge.exact.recommend import grid, recommend
-from expunge.exact.sequences import checkpoints, choose, cyclic, longest, matching, sampling, score, surviving
-from expunge.exact.systems import Stream, System, merged, weights
-from expunge.exact.volumes import MAX_BYTES, read
+from expunge.cli import exact as cli_exact
+from expunge.core.errors import DataError, SettingError
+from expunge.guarantees.exact.capacity import costs
+from expunge.guarantees.exact.capacity import plots as capacity_plots
+from expunge.guarantees.exact.capacity.recommend import grid, recommend
+from expunge.guarantees.exact.capacity.sequences import checkpoints, choose, cyclic, longest, matching, sampling, score, surviving
+from expunge.guarantees.exact.capacity.simulator import order, served, spend, table
+from expunge.guarantees.exact.capacity.systems import Stream, System, merged, weights
+from expunge.guarantees.exact.capacity.volumes import MAX_BYTES, read
 from expunge.report.page import page
 
 # sequences
@@ -278,7 +279,7 @@ def test_listed_requests_at_random_places_end_in_time():
 def test_same_seed_same_numbers_and_blocks_change_nothing(monkeypatch):
     design, stream = System("s3t", 500, 3, 4, 2), Stream("uniform")
     one = served(design, stream, runs=40, seed=5), spend(design, stream, 60, runs=40, seed=5)
-    monkeypatch.setattr("expunge.exact.capacity.BLOCK", 1700)
+    monkeypatch.setattr("expunge.guarantees.exact.capacity.simulator.BLOCK", 1700)
     assert (served(design, stream, runs=40, seed=5), spend(design, stream, 60, runs=40, seed=5)) == one
     assert served(design, stream, runs=40, seed=6) != one[0]
 
@@ -387,7 +388,7 @@ def test_logs_refuse_files(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """A grid of few shards, so that a recommendation takes no time."""
-    monkeypatch.setattr("expunge.exact.recommend.SHARDS", (2, 4))
+    monkeypatch.setattr("expunge.guarantees.exact.capacity.recommend.SHARDS", (2, 4))
 
 
 def test_recommendation_keeps_its_limits_and_ranks(tmp_path, small):

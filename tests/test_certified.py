@@ -13,13 +13,13 @@ from scipy.stats import kstest
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from expunge import guard
-from expunge.audits.epsilon import lower_bound
-from expunge.certified import files, renyi
-from expunge.certified.certificate import Phase, Settings, certify
-from expunge.certified.head import Head, fit, load, load_release, predict
-from expunge.errors import DataError, ExpungeError, ModelError, SettingError, SplitError
-from expunge.updates import noisy
+from expunge.audits.membership.epsilon import lower_bound
+from expunge.core import guard
+from expunge.core.errors import DataError, ExpungeError, ModelError, SettingError, SplitError
+from expunge.guarantees.certified import files, renyi
+from expunge.guarantees.certified.certificate import Phase, Settings, certify
+from expunge.guarantees.certified.head import Head, fit, load, load_release, predict
+from expunge.parts.updates import noisy
 
 ETA, LAM, SIGMA = 0.1, 0.5, 0.2
 """The 1-D quadratic of the card: sigma^2 = 0.04."""

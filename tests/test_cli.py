@@ -11,14 +11,17 @@ import pytest
 import torch
 from worlds import digits, original
 
-from expunge import cli, models, recipe
-from expunge.data import load, selectors
-from expunge.errors import DataError, ModelError, RecipeError, SettingError, SplitError
-from expunge.patch import difference
-from expunge.run import unlearn
-from expunge.types import Examples
+from expunge.cli import app as cli
+from expunge.core.errors import DataError, ModelError, RecipeError, SettingError, SplitError
+from expunge.core.patch import difference
+from expunge.core.types import Examples
+from expunge.data import selectors
+from expunge.engine.run import unlearn
+from expunge.modalities import models
+from expunge.modalities import readers as load
+from expunge.planning import recipe
 
-FACTORY = "import functools\nfrom expunge.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
+FACTORY = "import functools\nfrom expunge.modalities.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
 
 
 @pytest.fixture
@@ -236,7 +239,7 @@ def test_parquet_regression_goes_through_a_recipe(tmp_path, monkeypatch):
     for name, rows in (("train", slice(0, 80)), ("test", slice(80, 120))):
         columns = {c: x[rows, k].tolist() for k, c in enumerate("abc")}
         Dataset.from_dict({**columns, "price": (x[rows] @ w).tolist()}).to_parquet(tmp_path / f"{name}.parquet")
-    (tmp_path / "pricenet.py").write_text("from expunge.nets import mlp\ndef build():\n    return mlp(3, 1, 8)\n")
+    (tmp_path / "pricenet.py").write_text("from expunge.modalities.nets import mlp\ndef build():\n    return mlp(3, 1, 8)\n")
     lines = ['model = "py:pricenet:build"', 'task = "regression"', 'train = "parquet:train.parquet?target=price"']
     lines += [
         'test = "parquet:test.parquet?target=price"',

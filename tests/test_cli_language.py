@@ -18,11 +18,14 @@ import pytest
 import torch
 from worlds import copied, small
 
-from expunge import checkpoints, cli, texts, tiny, training
-from expunge.data import text
-from expunge.data.text import Format
-from expunge.patch import Hook, Patch, difference
-from expunge.registry import METHODS
+from expunge.cli import app as cli
+from expunge.core.patch import Hook, Patch, difference
+from expunge.core.registry import METHODS
+from expunge.modalities.language import checkpoints, tiny
+from expunge.modalities.language import format as text
+from expunge.modalities.language import request as texts
+from expunge.modalities.language.format import Format
+from expunge.parts import training
 
 TEXTS = ("--task", "causal-lm", "--model", "base")
 FORGET = ("forget", *TEXTS, "--forget", "forget.jsonl", "--quick")

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from expunge import nets
 from expunge.audits.stats import wilson
-from expunge.data.memory import Memory
-from expunge.errors import Diverged, ModelError, PatchError, SettingError, SplitError, StoreError
-from expunge.exact import clpu
-from expunge.exact import store as stores
-from expunge.exact.clpu import Clpu, begin, learning, load, replayed, restricted
-from expunge.tasks.classification import classification
-from expunge.tasks.regression import regression
-from expunge.types import Examples, Out
+from expunge.core.errors import Diverged, ModelError, PatchError, SettingError, SplitError, StoreError
+from expunge.core.types import Examples, Out
+from expunge.data.records.memory import Memory
+from expunge.guarantees.exact import clpu
+from expunge.guarantees.exact import store as stores
+from expunge.guarantees.exact.clpu import Clpu, begin, learning, load, replayed, restricted
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.modalities.regression.task import regression
 
 TASK = classification()
 QUICK = {"epochs": 2, "memory": 5, "batch_size": 4, "lr": 0.1}

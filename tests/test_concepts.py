@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from worlds import accuracy, copied, digits, same, small, state
 
-from expunge.audits.concepts import attributions
 from expunge.audits.core import Probe
-from expunge.errors import ModelError, SettingError, SplitError
-from expunge.methods.class_concepts import TARGETS, poisoned
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes import concepts
-from expunge.scopes.concepts import KINDS, Bottleneck, bank, bottleneck, cav, class_vectors, contributions, directions, exclusive, integrated_gradients
+from expunge.audits.records.concepts import attributions
+from expunge.core.errors import ModelError, SettingError, SplitError
+from expunge.core.registry import METHODS
+from expunge.engine.run import unlearn
+from expunge.methods.classifiers.class_concepts import TARGETS, poisoned
+from expunge.parts.scopes import concepts
+from expunge.parts.scopes.concepts import KINDS, Bottleneck, bank, bottleneck, cav, class_vectors, contributions, directions, exclusive, integrated_gradients
 
 PARTS = torch.tensor([[3.0, 0, 0, 0, 0, 1], [0, 2.0, 2, 0, 0, 0], [0, 0, 0, 1.0, 3, 0]]).double()
 """Three concepts in six features, each with places of its own."""

@@ -12,20 +12,20 @@ from conftest import make_data, make_net
 from torch import nn
 from torch.nn import functional as F
 
-from expunge import continual
-from expunge.continual import Course, Request, play, read, schedule
-from expunge.data.memory import FisherSum, Memory
-from expunge.errors import DataError, ScopeError, SettingError, SplitError
-from expunge.losses.continual import der, derpp, ewc, lwf
-from expunge.methods.gs_lora import adapted, alive, bounded, divergence, group_norm, shrink
-from expunge.registry import METHODS
-from expunge.session import scratch
-from expunge.tasks.classification import classification
-from expunge.types import Examples, Out
-from expunge.updates import episodic
-from expunge.updates.combine import combine
-from expunge.updates.descend import descend
-from expunge.updates.gradients import fisher, rows
+from expunge.core.errors import DataError, ScopeError, SettingError, SplitError
+from expunge.core.registry import METHODS
+from expunge.core.session import scratch
+from expunge.core.types import Examples, Out
+from expunge.data.records.memory import FisherSum, Memory
+from expunge.guarantees import streams as continual
+from expunge.guarantees.streams import Course, Request, play, read, schedule
+from expunge.methods.classifiers.gs_lora import adapted, alive, bounded, divergence, group_norm, shrink
+from expunge.modalities.classification.task import classification
+from expunge.parts.losses.continual import der, derpp, ewc, lwf
+from expunge.parts.updates import episodic
+from expunge.parts.updates.combine import combine
+from expunge.parts.updates.descend import descend
+from expunge.parts.updates.gradients import fisher, rows
 
 
 def out(logits: torch.Tensor) -> Out:
@@ -249,7 +249,7 @@ QUICK = {"epochs": 6.0, "method": "random_label", "settings": {"epochs": 1}, "me
 
 def small_digits() -> tuple[nn.Module, Examples, Examples]:
     """An untrained network of two layers, 60 records of each of five digits, and unseen ones."""
-    from expunge.bench.worlds import world
+    from expunge.modalities.worlds import world
 
     w = world("digits")
     pick = torch.cat([(w.train.y == c).nonzero().squeeze(1)[:60] for c in range(5)])

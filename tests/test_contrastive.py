@@ -11,24 +11,24 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state, toy
 
-from expunge import guard
 from expunge.audits.core import Probe, audit, score
-from expunge.audits.zero_shot import recalled
-from expunge.bench import clips
-from expunge.bench.worlds import world
-from expunge.errors import ModelError, ScopeError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods import slug
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.pareto import matrices
-from expunge.scopes.saliency import gradient_sum
-from expunge.tasks.contrastive import contrastive, images, info_nce, texts
-from expunge.tasks.diffusion import diffusion, emptied
-from expunge.tiny_clip import clip_model
-from expunge.training import fresh
-from expunge.types import Out, Pictures
-from expunge.updates.oneshot import search
+from expunge.audits.pictures.zero_shot import recalled
+from expunge.core import guard
+from expunge.core.errors import ModelError, ScopeError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Out, Pictures
+from expunge.engine.run import unlearn
+from expunge.methods.others import slug
+from expunge.modalities.contrastive import worlds as clips
+from expunge.modalities.contrastive.task import contrastive, images, info_nce, texts
+from expunge.modalities.contrastive.tiny import clip_model
+from expunge.modalities.diffusion.task import diffusion, emptied
+from expunge.modalities.worlds import world
+from expunge.parts.scopes.pareto import matrices
+from expunge.parts.scopes.saliency import gradient_sum
+from expunge.parts.training import fresh
+from expunge.parts.updates.oneshot import search
 
 
 def every(task, data, generator=None):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from worlds import same, state
 
-from expunge import tiny
-from expunge.data.authors import authors
-from expunge.data.coreset import KINDS, Core, beyond, likelihood, likely, question_states, readd, reduced, select, spread, survivors, trapezoid, upcore
-from expunge.data.text import Format
-from expunge.errors import DataError, SettingError, SplitError
-from expunge.tasks.causal_lm import causal_lm
-from expunge.types import Split
+from expunge.core.errors import DataError, SettingError, SplitError
+from expunge.core.types import Split
+from expunge.data.language.coreset import KINDS, Core, beyond, likelihood, likely, question_states, readd, reduced, select, spread, survivors, trapezoid, upcore
+from expunge.modalities.language import tiny
+from expunge.modalities.language.authors import authors
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.task import causal_lm
 
 ROWS = authors(6, per=5)
 TOKENIZER = tiny.tokenizer(ROWS, 400)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from expunge.demo import METHODS, demo
+from expunge.demos.digits import METHODS, demo
 
 
 @pytest.mark.slow

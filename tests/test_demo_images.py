@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from expunge import demo_images
 from expunge.audits.core import CHECKS
-from expunge.bench.worlds import world
-from expunge.plan import plan
-from expunge.registry import METHODS
+from expunge.core.registry import METHODS
+from expunge.demos import pictures as demo_images
+from expunge.modalities.worlds import world
+from expunge.planning.plan import plan
 
 
 def test_the_request_is_one_that_its_methods_can_carry_out():

@@ -11,24 +11,24 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state, toy, trained
 
-from expunge import attacks
-from expunge.audits import canvas, prompt_attack
 from expunge.audits.core import Probe, audit, gate
-from expunge.bench import pictures
-from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods import esd, rece, uce
-from expunge.outcome import patched
-from expunge.patch import LowRank
-from expunge.plan import forget
-from expunge.registry import METHODS
-from expunge.run import model_digest, unlearn
-from expunge.scopes.attention import part
-from expunge.tasks.diffusion import PREDICTIONS, Schedule, cosine, diffusion, draw, emptied, predict, states
-from expunge.tiny_diffusion import Words, words
-from expunge.trajectory import counterparts, distinct, pool, under
-from expunge.types import Pictures, device_of
-from expunge.updates.ridge import Ridge, residual
+from expunge.audits.pictures import canvas, prompt_attack
+from expunge.core.errors import DataError, ModelError, ScopeError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.patch import LowRank
+from expunge.core.registry import METHODS
+from expunge.core.types import Pictures, device_of
+from expunge.engine.run import model_digest, unlearn
+from expunge.methods.diffusion import esd, rece, uce
+from expunge.modalities.diffusion import attacks
+from expunge.modalities.diffusion import worlds as pictures
+from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, cosine, diffusion, draw, emptied, predict, states
+from expunge.modalities.diffusion.tiny import Words, words
+from expunge.modalities.diffusion.trajectory import counterparts, distinct, pool, under
+from expunge.parts.scopes.attention import part
+from expunge.parts.updates.ridge import Ridge, residual
+from expunge.planning.outcome import patched
+from expunge.planning.plan import forget
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)

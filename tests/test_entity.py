@@ -9,21 +9,21 @@ import pytest
 import torch
 from worlds import copied, same, small, state
 
-from expunge import tiny
-from expunge.data import entity as made
-from expunge.data.authors import RELATIONS, authors
-from expunge.data.coreset import question_states
-from expunge.data.entity import TEMPLATES, agreement, build, carriers, content, coverage, dedupe, elicit, neighbours, prompts, recall, verify
-from expunge.data.text import Format
-from expunge.errors import DataError, SettingError
-from expunge.losses.transport import sliced_w2
-from expunge.methods.opt_out import forgetting
-from expunge.patch import LowRank
-from expunge.registry import METHODS
-from expunge.session import scratch
-from expunge.tasks.causal_lm import causal_lm
-from expunge.types import Out
-from expunge.updates.descend import descend
+from expunge.core.errors import DataError, SettingError
+from expunge.core.patch import LowRank
+from expunge.core.registry import METHODS
+from expunge.core.session import scratch
+from expunge.core.types import Out
+from expunge.data.language import entity as made
+from expunge.data.language.coreset import question_states
+from expunge.data.language.entity import TEMPLATES, agreement, build, carriers, content, coverage, dedupe, elicit, neighbours, prompts, recall, verify
+from expunge.methods.language.opt_out import forgetting
+from expunge.modalities.language import tiny
+from expunge.modalities.language.authors import RELATIONS, authors
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.task import causal_lm
+from expunge.parts.losses.transport import sliced_w2
+from expunge.parts.updates.descend import descend
 
 ASKED = {name: TEMPLATES[name] for name in ("birthplace", "father", "theme")}
 FACTS = [r for r in authors(6, per=12) if r["relation"] in ASKED]

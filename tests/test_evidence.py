@@ -13,14 +13,18 @@ from scipy.stats import norm
 from torch import nn
 from worlds import digits, retrained
 
-from expunge import nets, stacked, training
-from expunge.audits import attacks, competition, epsilon, named, pool, power, restore
+from expunge.audits import named, pool, power
+from expunge.audits.attacks import restore
 from expunge.audits.core import Probe, Row, audit, gate, score
+from expunge.audits.membership import attacks, competition, epsilon
 from expunge.audits.stats import auc, wilson
-from expunge.data import worst
-from expunge.errors import ModelError, SettingError
-from expunge.tasks.classification import classification
-from expunge.types import Examples, Split
+from expunge.core.errors import ModelError, SettingError
+from expunge.core.types import Examples, Split
+from expunge.data.records import worst
+from expunge.engine import stacked
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.parts import training
 
 
 def points(n: int = 200, seed: int = 0) -> Examples:

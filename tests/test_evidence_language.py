@@ -12,9 +12,9 @@ from worlds import once, small, toy
 
 from expunge.audits import drop, named
 from expunge.audits.core import Probe, Row, audit
-from expunge.bench import language
-from expunge.data.authors import authors
-from expunge.types import Split
+from expunge.core.types import Split
+from expunge.modalities.language import worlds as language
+from expunge.modalities.language.authors import authors
 
 
 def reasons(p: Probe, rows: list[Row] | None = None, **facts: bool | None) -> dict[str, str]:

@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 from killed import CUTS, deletions, sample
 from torch import nn
 
-from expunge import nets
 from expunge.audits.core import score
-from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError, StoreError
-from expunge.exact import costs, layout
-from expunge.exact.adapters import start
-from expunge.exact.design import design, s3t, safe, sisa
-from expunge.exact.ensemble import Exact, fit, load
-from expunge.exact.proof import read
-from expunge.exact.store import Store
-from expunge.tasks.classification import classification
-from expunge.types import Examples
+from expunge.core.errors import DataError, ModelError, ScopeError, SettingError, SplitError, StoreError
+from expunge.core.types import Examples
+from expunge.guarantees.exact import layout
+from expunge.guarantees.exact.adapters import start
+from expunge.guarantees.exact.capacity import costs
+from expunge.guarantees.exact.design import design, s3t, safe, sisa
+from expunge.guarantees.exact.ensemble import Exact, fit, load
+from expunge.guarantees.exact.proof import read
+from expunge.guarantees.exact.store import Store
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
 
 TASK = classification()
 SMALL = {

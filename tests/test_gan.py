@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state, toy
 
-from expunge import training
-from expunge.audits import gan as audit_of_gans
 from expunge.audits.core import Probe, audit, score
-from expunge.bench import gans
-from expunge.errors import ModelError, SettingError, SplitError
-from expunge.methods import adapt_then_unlearn as atu
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.tasks.gan import TURNS, draw, gan, half, latents, parzen
-from expunge.tiny_gan import Conv, gan_model, scaled
-from expunge.types import Examples
+from expunge.audits.pictures import gan as audit_of_gans
+from expunge.core.errors import ModelError, SettingError, SplitError
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples
+from expunge.engine.run import unlearn
+from expunge.methods.others import adapt_then_unlearn as atu
+from expunge.modalities.gan import worlds as gans
+from expunge.modalities.gan.task import TURNS, draw, gan, half, latents, parzen
+from expunge.modalities.gan.tiny import Conv, gan_model, scaled
+from expunge.parts import training
 
 
 def data(n: int = 12, side: int = 8) -> Examples:

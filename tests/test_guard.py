@@ -14,9 +14,9 @@ import pytest
 import torch
 from worlds import copied, same, small, state
 
-from expunge.errors import ScopeError, SplitError
-from expunge.guard import Guard
-from expunge.run import unlearn
+from expunge.core.errors import ScopeError, SplitError
+from expunge.core.guard import Guard
+from expunge.engine.run import unlearn
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["warm"])
@@ -118,7 +118,7 @@ def test_frozen_model_is_refused():
 
 
 def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch):
-    from expunge.journal import Journal
+    from expunge.core.journal import Journal
 
     model, task, split = small("classification")
     whole = unlearn("salun", model, task, split, epochs=2, batch_size=4)
@@ -142,7 +142,7 @@ def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch):
 
 def test_half_precision_resumes_with_its_masters(tmp_path, monkeypatch):
     """The float32 masters of bfloat16 weights are part of a checkpoint: the weights alone would resume from rounded values."""
-    from expunge.journal import Journal
+    from expunge.core.journal import Journal
 
     def half() -> tuple:
         model, task, split = small("classification")
@@ -165,7 +165,7 @@ def test_half_precision_resumes_with_its_masters(tmp_path, monkeypatch):
 
 
 def test_another_runs_folder_is_refused(tmp_path, monkeypatch):
-    from expunge.journal import Journal
+    from expunge.core.journal import Journal
 
     model, task, split = small("classification")
     with monkeypatch.context() as m:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from worlds import copied, toy
 
-from expunge.audits import canvas, coverage, hub
 from expunge.audits.core import Probe, audit
-from expunge.errors import DataError, SettingError
-from expunge.registry import METHODS
-from expunge.training import fresh
-from expunge.types import Pictures, Split
+from expunge.audits.pictures import canvas, coverage, hub
+from expunge.core.errors import DataError, SettingError
+from expunge.core.registry import METHODS
+from expunge.core.types import Pictures, Split
+from expunge.parts.training import fresh
 
 STYLES, OBJECTS = ("a", "b", "c"), ("x", "y")
 TEXT = {"a": [10, 0], "b": [0, 10], "c": [9, 1]}

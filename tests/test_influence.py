@@ -14,14 +14,16 @@ from scipy.stats import pearsonr, spearmanr, t
 from torch import Tensor, nn
 from worlds import same, state
 
-from expunge import guard, nets, stacked
-from expunge.bench.worlds import world
-from expunge.errors import Diverged, SettingError, SplitError
-from expunge.influence import losses, untrac
-from expunge.scopes.layers import match
-from expunge.tasks.classification import classification
-from expunge.tasks.regression import regression
-from expunge.types import Examples, Out, Task, concat
+from expunge.audits.influence import losses, untrac
+from expunge.core import guard
+from expunge.core.errors import Diverged, SettingError, SplitError
+from expunge.core.types import Examples, Out, Task, concat
+from expunge.engine import stacked
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.modalities.regression.task import regression
+from expunge.modalities.worlds import world
+from expunge.parts.scopes.layers import match
 
 RECIPE = {"epochs": 20, "batch_size": 50, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
 SEEDS = (0, 1)

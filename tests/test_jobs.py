@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from expunge import jobs
-from expunge.errors import ExpungeError, SettingError
-from expunge.jobs import JobError, map_jobs
+from expunge.core.errors import ExpungeError, SettingError
+from expunge.engine import jobs
+from expunge.engine.jobs import JobError, map_jobs
 
 
 def trained(seed: int) -> dict[str, Any]:

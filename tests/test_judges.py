@@ -12,15 +12,17 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from expunge import images, pipelines, run, tiny_pipeline
-from expunge.audits import canvas, judges
 from expunge.audits.core import Probe, audit
+from expunge.audits.pictures import canvas, judges
 from expunge.audits.verdict import default_rules
-from expunge.cli import app
-from expunge.errors import DataError, ExpungeError, ModelError, SettingError
+from expunge.cli.app import app
+from expunge.core.errors import DataError, ExpungeError, ModelError, SettingError
+from expunge.engine import run
+from expunge.engine.run import unlearn
+from expunge.modalities.diffusion import pipelines, tiny_pipeline
+from expunge.modalities.diffusion import request as images
+from expunge.parts.training import fresh
 from expunge.report import images as shown
-from expunge.run import unlearn
-from expunge.training import fresh
 
 SMALL = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LOOK = {**SMALL, "image_size": 16, "patch_size": 8}

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
-from expunge import checkpoints, remember, tiny
-from expunge.data import authors, text
-from expunge.data.text import Format
-from expunge.errors import DataError, ModelError, ScopeError, SettingError, SplitError
-from expunge.losses import language as losses
-from expunge.methods.npo import npo
-from expunge.patch import LowRank
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.lora import lora, off
-from expunge.tasks.causal_lm import blocks, buckets, features, generate, hidden, padded
-from expunge.tuning import Scored, Tuning, tune
-from expunge.types import IGNORE, Batches, Split, Texts, concat
-from expunge.updates.descend import descend
+from expunge.core.errors import DataError, ModelError, ScopeError, SettingError, SplitError
+from expunge.core.patch import LowRank
+from expunge.core.registry import METHODS
+from expunge.core.types import IGNORE, Batches, Split, Texts, concat
+from expunge.engine.run import unlearn
+from expunge.methods.language.npo import npo
+from expunge.modalities.language import authors, checkpoints, remember, tiny
+from expunge.modalities.language import format as text
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.task import blocks, buckets, features, generate, hidden, padded
+from expunge.modalities.language.tuning import Scored, Tuning, tune
+from expunge.parts.losses import language as losses
+from expunge.parts.scopes.lora import lora, off
+from expunge.parts.updates.descend import descend
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_npo_with_cached_reference_equals_a_live_reference_at_every_step(reducti
             record.append(float(value.detach()))
             return value
 
-        from expunge.session import scratch
+        from expunge.core.session import scratch
 
         descend(scratch(twin), loss, task.batches(split.forget, 2, epochs=4, seed=0), lr=1e-3, optimizer="adamw")
         seen.append(record)
@@ -227,7 +227,7 @@ def test_npo_with_cached_reference_equals_a_live_reference_at_every_step(reducti
 
 
 def test_reference_values_are_computed_once_per_weights_and_data():
-    from expunge import guard
+    from expunge.core import guard
 
     model, task, split = small("causal_lm")
     watch = guard.Guard()
@@ -336,7 +336,7 @@ def test_parts_of_a_small_step_share_a_forward_pass_and_large_ones_do_not(monkey
     scored = Scored(lambda out, batch: -losses.pooled(out.nll, out, batch))
     settings = Tuning(epochs=1, lr=1e-2, batch_size=2, retain_size=3, accumulate=2, optimizer="sgd", clip=1e9, warmup=0.0)
     for most in (10**9, 0):
-        monkeypatch.setattr("expunge.tuning.JOINED", most)
+        monkeypatch.setattr("expunge.modalities.language.tuning.JOINED", most)
         rows.append([])
         found.append({e.name: e.values for e in tune(model, replace(task, forward=forward), split, scored, settings, seed=0).edits})
     assert rows[0] == [5, 5] and sorted(rows[1]) == [2, 2, 3, 3]

@@ -11,11 +11,11 @@ import torch
 from worlds import copied, same, small, state, toy
 
 from expunge.audits.core import score
-from expunge.errors import ExpungeError, PatchError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.patch import Patch, Replace
-from expunge.registry import ASSURANCES, METHODS
-from expunge.run import unlearn
+from expunge.core.errors import ExpungeError, PatchError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.patch import Patch, Replace
+from expunge.core.registry import ASSURANCES, METHODS
+from expunge.engine.run import unlearn
 
 CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for task in METHODS[name].tasks]
 COSTLY = {
@@ -167,7 +167,7 @@ def test_law_12_cost(name, task_name):
 @pytest.mark.parametrize(("name", "task_name"), cases("resume"))
 def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
     """A run stopped at a checkpoint and called again gives the same patch, bit for bit; other epochs give another (the control)."""
-    from expunge import journal
+    from expunge.core import journal
 
     model, task, split = small(task_name, METHODS[name].twin == "moe")
     whole = unlearn(name, model, task, split, seed=5, **quick(name))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expunge.losses import ascent, kl, kl_to, nll, random_labels, relabel
-from expunge.types import Out
+from expunge.core.types import Out
+from expunge.parts.losses import ascent, kl, kl_to, nll, random_labels, relabel
 
 SHAPES = {"b": st.integers(1, 7), "c": st.integers(2, 6), "seed": st.integers(0, 1000)}
 

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import small
 
-from expunge.data.nearest import curvature, nearest_wrong, pgd
-from expunge.errors import SettingError
-from expunge.guard import Guard
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.tasks.classification import classification
-from expunge.types import Examples
+from expunge.core.errors import SettingError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples
+from expunge.data.records.nearest import curvature, nearest_wrong, pgd
+from expunge.engine.run import unlearn
+from expunge.modalities.classification.task import classification
 
 TASK = classification()
 

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from worlds import accuracy, copied, diabetes, digits, same, small, state
 
-from expunge import guard
-from expunge.errors import SettingError, SplitError
-from expunge.guard import Guard
-from expunge.losses import kl, kl_to, nll
-from expunge.losses.distil import targets
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.tasks.classification import classification
-from expunge.training import fresh, outputs
-from expunge.types import Examples, Out, Split
+from expunge.core import guard
+from expunge.core.errors import SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples, Out, Split
+from expunge.engine.run import unlearn
+from expunge.modalities.classification.task import classification
+from expunge.parts.losses import kl, kl_to, nll
+from expunge.parts.losses.distil import targets
+from expunge.parts.training import fresh, outputs
 
 NAMES = ("retrain", "fine_tune", "negrad_plus", "random_label", "amnesiac", "scrub", "bad_teacher", "stochastic_teacher")
 QUICK = {name: {"erase": 1, "rebuild": 1} if name == "stochastic_teacher" else {"epochs": 1} for name in NAMES}
@@ -98,7 +98,7 @@ def test_negrad_plus_number(monkeypatch):
 @pytest.mark.parametrize(("reduction", "value"), [("mean", 0.5034), ("batchmean", 1.0068)])
 def test_bad_teacher_number(monkeypatch, reduction, value):
     """Student (2, 0), random teacher (0, 1); the retain half of the batch is its own teacher and adds 0."""
-    monkeypatch.setattr("expunge.methods.bad_teacher.fresh", lambda model, seed: _answering(0.0, 1.0))
+    monkeypatch.setattr("expunge.methods.classifiers.bad_teacher.fresh", lambda model, seed: _answering(0.0, 1.0))
     found = first_loss(monkeypatch, "bad_teacher", Split(one(1), one(0)), reduction=reduction, epochs=1)
     assert 2 * found == pytest.approx(value, abs=1e-4)
     assert float(kl_to(student(2.0, 0.0), torch.tensor([[0.0, 1.0]]).softmax(-1)).detach()) == pytest.approx(1.0068, abs=5e-5)
@@ -113,7 +113,7 @@ def _answering(*logits: float) -> nn.Linear:
 
 def test_bad_teacher_at_temperature_two_leaves_an_equal_student_alone(monkeypatch):
     """Both softmaxes carry T: student (2, 0) taught by (2, 0) has loss 0 at any T."""
-    monkeypatch.setattr("expunge.methods.bad_teacher.fresh", lambda model, seed: _answering(2.0, 0.0))
+    monkeypatch.setattr("expunge.methods.classifiers.bad_teacher.fresh", lambda model, seed: _answering(2.0, 0.0))
     assert first_loss(monkeypatch, "bad_teacher", Split(one(1), one(0)), temperature=2.0, epochs=1) == pytest.approx(0, abs=1e-6)
 
 
@@ -356,7 +356,7 @@ def test_redrawing_changes_the_teacher_when_it_says_so(monkeypatch):
     settings = {"erase": 2, "rebuild": 1, "batch_size": 8}
     seeds: list[int] = []
     real = fresh
-    monkeypatch.setattr("expunge.methods.stochastic_teacher.fresh", lambda m, seed: (seeds.append(seed), real(m, seed))[1])
+    monkeypatch.setattr("expunge.methods.classifiers.stochastic_teacher.fresh", lambda m, seed: (seeds.append(seed), real(m, seed))[1])
     drawn = {}
     for when in ("never", "epoch", "batch"):
         seeds.clear()
@@ -370,7 +370,7 @@ def test_random_teacher_has_calibrated_statistics(monkeypatch):
     model, task, split = small("classification")
     seen: list[nn.Module] = []
     real = fresh
-    monkeypatch.setattr("expunge.methods.stochastic_teacher.fresh", lambda m, seed: (seen.append(real(m, seed)), seen[-1])[1])
+    monkeypatch.setattr("expunge.methods.classifiers.stochastic_teacher.fresh", lambda m, seed: (seen.append(real(m, seed)), seen[-1])[1])
     METHODS["stochastic_teacher"](model, task, split, erase=1, rebuild=1)
     random = seen[0]
     activations = random[0](batch_of(split.forget)["x"])
@@ -379,8 +379,8 @@ def test_random_teacher_has_calibrated_statistics(monkeypatch):
 
 def test_a_model_taught_wrong_labels_is_doubted():
     """reset_fine_tune copies the original's logits only where the original knows the forgotten records as well as the kept ones."""
-    from expunge.methods.reset_fine_tune import DOUBTED, doubted
-    from expunge.training import outputs
+    from expunge.methods.classifiers.reset_fine_tune import DOUBTED, doubted
+    from expunge.parts.training import outputs
 
     model, task, split = digits("random")
     wrong = replace(split, forget=replace(split.forget, y=(split.forget.y + 1) % 10))

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from worlds import same, small, state
 
-from expunge import journal
-from expunge.errors import SettingError
-from expunge.methods import all_but_one as abo
-from expunge.methods import doco
-from expunge.run import unlearn
-from expunge.session import Session, scratch
-from expunge.tasks.diffusion import PREDICTIONS, Schedule, diffusion, emptied, predict, states
-from expunge.trajectory import Pool, pool
-from expunge.types import Pictures
-from expunge.updates.combine import RULES, combine, gramian, pulls, rule, weights
-from expunge.updates.descend import descend
+from expunge.core import journal
+from expunge.core.errors import SettingError
+from expunge.core.session import Session, scratch
+from expunge.core.types import Pictures
+from expunge.engine.run import unlearn
+from expunge.methods.diffusion import all_but_one as abo
+from expunge.methods.diffusion import doco
+from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, emptied, predict, states
+from expunge.modalities.diffusion.trajectory import Pool, pool
+from expunge.parts.updates.combine import RULES, combine, gramian, pulls, rule, weights
+from expunge.parts.updates.descend import descend
 
 QUICK = {"steps": 4, "trajectories": 3, "path": 3, "batch_size": 4}
 SMALL = {**QUICK, "width": 8}

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from worlds import accuracy, copied, digits, noise, small, toy
 
-from expunge.errors import DataError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods import laf, scar
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.training import outputs
-from expunge.types import Examples, concat
+from expunge.core.errors import DataError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples, concat
+from expunge.engine.run import unlearn
+from expunge.methods.classifiers import laf, scar
+from expunge.parts.training import outputs
 
 QUICK = {"epochs": 2, "batch_size": 8}
 BRIEF = {**QUICK, "fits": 1.0}

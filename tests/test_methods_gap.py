@@ -11,14 +11,14 @@ from torch import nn
 from worlds import accuracy, copied, digits, same, small, state
 
 from expunge.audits.core import score
-from expunge.errors import SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods.jit import ratio
-from expunge.methods.kga import gap
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.tasks.classification import classification
-from expunge.types import Examples, Split
+from expunge.core.errors import SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples, Split
+from expunge.engine.run import unlearn
+from expunge.methods.classifiers.jit import ratio
+from expunge.methods.classifiers.kga import gap
+from expunge.modalities.classification.task import classification
 
 TASK = classification()
 
@@ -153,8 +153,8 @@ def test_gap_and_its_reverse():
 def test_kga_first_loss(monkeypatch, forgot, new, reverse, value):
     """A_D answers (2, 0) to everything; at step 0 A* is A_D, so retain adds 0 and the loss is | gap to A_f - gap of A_D to A_n |."""
     helpers = [answering(*forgot), answering(*new)]
-    monkeypatch.setattr("expunge.methods.kga.fresh", lambda model, seed: helpers[seed])
-    monkeypatch.setattr("expunge.methods.kga.train", lambda *args, **options: [])
+    monkeypatch.setattr("expunge.methods.classifiers.kga.fresh", lambda model, seed: helpers[seed])
+    monkeypatch.setattr("expunge.methods.classifiers.kga.train", lambda *args, **options: [])
     split = Split(one(1), one(0), validation=one(0))
     assert first_loss(monkeypatch, "kga", split, fixed_logits(), reverse=reverse, epochs=1) == pytest.approx(value, abs=1e-4)
 
@@ -162,7 +162,7 @@ def test_kga_first_loss(monkeypatch, forgot, new, reverse, value):
 def test_kga_helpers_see_their_own_data_and_the_same_share_of_retain(monkeypatch):
     model, task, split = small("classification")
     seen = []
-    monkeypatch.setattr("expunge.methods.kga.train", lambda net, task, data, **options: seen.append(data.ids.tolist()))
+    monkeypatch.setattr("expunge.methods.classifiers.kga.train", lambda net, task, data, **options: seen.append(data.ids.tolist()))
     METHODS["kga"](model, task, split, sample=0.25, epochs=1)
     forgot, new = seen
     assert forgot[:16] == split.forget.ids.tolist() and new[:32] == split.validation.ids.tolist()

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from expunge import nets
 from expunge.audits.core import score
-from expunge.errors import ScopeError, SettingError
-from expunge.methods.lcodec import flat_places, noise_deviation, secant, solve
-from expunge.patch import Patch
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.codependence import codependence, dependence, layers, nearest, perturbed, ranks, scope_of, select
-from expunge.tasks.classification import classification
-from expunge.training import train
-from expunge.types import Examples, Scope, Split
+from expunge.core.errors import ScopeError, SettingError
+from expunge.core.patch import Patch
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples, Scope, Split
+from expunge.engine.run import unlearn
+from expunge.methods.classifiers.lcodec import flat_places, noise_deviation, secant, solve
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.parts.scopes.codependence import codependence, dependence, layers, nearest, perturbed, ranks, scope_of, select
+from expunge.parts.training import train
 
 TASK = classification()
 
@@ -150,7 +150,7 @@ def test_perturbed_in_chunks_is_the_same(monkeypatch):
     model, batch = twins(), TASK.batches(data(2, 1), 2)[0]
     found = []
     for chunk in (512, 6):
-        monkeypatch.setattr("expunge.scopes.codependence.CHUNK", chunk)
+        monkeypatch.setattr("expunge.parts.scopes.codependence.CHUNK", chunk)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             found.append(perturbed(model, TASK, batch, copies=20))

@@ -15,24 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
-from expunge import journal, memorise, tiny
-from expunge.data import authors
-from expunge.errors import SettingError, SplitError
-from expunge.guard import Guard, watching
-from expunge.losses.language import kept
-from expunge.memorise import extraction_likelihood, full, memorisation_accuracy, memorised, overlap_n
-from expunge.methods.adversarial_target import adversaries, runner_up
-from expunge.methods.flat import DIVERGENCES, RELEASED, adjusted, likelihood
-from expunge.methods.idk_nll import answered
-from expunge.methods.random_target import draw, relabelled
-from expunge.registry import METHODS
-from expunge.run import Attempt, unlearn
-from expunge.scopes.lora import lora
-from expunge.session import scratch
-from expunge.tasks.causal_lm import causal_lm, padded, with_targets
-from expunge.tuning import Tuning, each_retained, retain_batches
-from expunge.types import IGNORE, Out, Split, Task, Texts
-from expunge.updates.descend import descend
+from expunge.core import journal
+from expunge.core.errors import SettingError, SplitError
+from expunge.core.guard import Guard, watching
+from expunge.core.registry import METHODS
+from expunge.core.session import scratch
+from expunge.core.types import IGNORE, Out, Split, Task, Texts
+from expunge.engine.run import Attempt, unlearn
+from expunge.methods.language.adversarial_target import adversaries, runner_up
+from expunge.methods.language.flat import DIVERGENCES, RELEASED, adjusted, likelihood
+from expunge.methods.language.idk_nll import answered
+from expunge.methods.language.random_target import draw, relabelled
+from expunge.modalities.language import authors, memorise, tiny
+from expunge.modalities.language.memorise import extraction_likelihood, full, memorisation_accuracy, memorised, overlap_n
+from expunge.modalities.language.task import causal_lm, padded, with_targets
+from expunge.modalities.language.tuning import Tuning, each_retained, retain_batches
+from expunge.parts.losses.language import kept
+from expunge.parts.scopes.lora import lora
+from expunge.parts.updates.descend import descend
 
 OURS = ("knowledge_unlearning", "random_target", "adversarial_target", "ascent_descent", "grad_diff", "kl_min", "idk_nll", "idk_dpo", "flat")
 PLAIN = {"optimizer": "sgd", "lr": 0.5, "epochs": 1, "batch_size": 4, "clip": 1e9, "warmup": 0.0, "weight_decay": 0.0, "schedule": "constant", "accumulate": 1}

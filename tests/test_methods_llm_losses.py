@@ -11,28 +11,28 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
-import expunge.methods.altpo as altpo
-import expunge.methods.pdu as pdu
-import expunge.methods.rmu as rmu
-from expunge import guard, journal
-from expunge.data.text import split
-from expunge.errors import ModelError, ScopeError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.losses import language as losses
-from expunge.methods.ce_u import later, struck
-from expunge.methods.jensun import refusals, to_teacher, to_token
-from expunge.methods.llmu import choose, mismatched
-from expunge.methods.npo_sam import sharp
-from expunge.methods.satimp import reweighted
-from expunge.methods.task_vector import away
-from expunge.methods.tnpo import token_npo
-from expunge.methods.undial import adjusted, distil
-from expunge.methods.wga import weighted
-from expunge.patch import LowRank, Patch, Replace
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.tasks.causal_lm import aligned, blocks, collate, padded
-from expunge.types import IGNORE, Out
+import expunge.methods.language.altpo as altpo
+import expunge.methods.language.pdu as pdu
+import expunge.methods.language.rmu as rmu
+from expunge.core import guard, journal
+from expunge.core.errors import ModelError, ScopeError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.patch import LowRank, Patch, Replace
+from expunge.core.registry import METHODS
+from expunge.core.types import IGNORE, Out
+from expunge.engine.run import unlearn
+from expunge.methods.language.ce_u import later, struck
+from expunge.methods.language.jensun import refusals, to_teacher, to_token
+from expunge.methods.language.llmu import choose, mismatched
+from expunge.methods.language.npo_sam import sharp
+from expunge.methods.language.satimp import reweighted
+from expunge.methods.language.task_vector import away
+from expunge.methods.language.tnpo import token_npo
+from expunge.methods.language.undial import adjusted, distil
+from expunge.methods.language.wga import weighted
+from expunge.modalities.language.format import split
+from expunge.modalities.language.task import aligned, blocks, collate, padded
+from expunge.parts.losses import language as losses
 
 V = 7
 

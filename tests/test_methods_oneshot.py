@@ -13,19 +13,19 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import accuracy, copied, digits, same, small, state
 
-from expunge import guard
-from expunge.errors import ScopeError, SettingError
-from expunge.guard import Guard
-from expunge.losses.sparse import decaying, l1, shrink
-from expunge.methods.influence import pull
-from expunge.methods.prune_unlearn import ROUNDS, lowest, prunable, synflow
-from expunge.registry import METHODS
-from expunge.scopes.pareto import front, layer_points, matrices
-from expunge.tasks.classification import classification
-from expunge.types import Examples, Split, absent
-from expunge.updates.gradients import fisher, rows, squares
-from expunge.updates.newton import published, woodbury
-from expunge.updates.oneshot import dampening, first_step, noise_variance, search, step_along
+from expunge.core import guard
+from expunge.core.errors import ScopeError, SettingError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Examples, Split, absent
+from expunge.methods.classifiers.influence import pull
+from expunge.methods.classifiers.prune_unlearn import ROUNDS, lowest, prunable, synflow
+from expunge.modalities.classification.task import classification
+from expunge.parts.losses.sparse import decaying, l1, shrink
+from expunge.parts.scopes.pareto import front, layer_points, matrices
+from expunge.parts.updates.gradients import fisher, rows, squares
+from expunge.parts.updates.newton import published, woodbury
+from expunge.parts.updates.oneshot import dampening, first_step, noise_variance, search, step_along
 
 # gradients
 
@@ -263,7 +263,7 @@ def test_woodbury_in_slices_of_columns(monkeypatch):
     g = torch.Generator().manual_seed(0)
     grads, v = torch.randn(5, 11, generator=g, dtype=torch.double), torch.randn(11, generator=g, dtype=torch.double)
     whole = woodbury(grads, v, 0.1)
-    monkeypatch.setattr("expunge.updates.newton.COLUMNS", 3)
+    monkeypatch.setattr("expunge.parts.updates.newton.COLUMNS", 3)
     torch.testing.assert_close(woodbury(grads, v, 0.1), whole)
 
 

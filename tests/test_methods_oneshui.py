@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from worlds import accuracy, copied, same, state
 
-from expunge import nets
 from expunge.audits.core import score
-from expunge.data.identities import Identities, identities
-from expunge.errors import Diverged, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods.metaunlearn import alignment, forget, inner, learn, loss_network, meta_gradient, moved, one_each, weighted
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.layers import everything
-from expunge.session import Bound, edit
-from expunge.tasks.classification import classification
-from expunge.training import train
-from expunge.types import Examples, Out, Task
+from expunge.core.errors import Diverged, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.session import Bound, edit
+from expunge.core.types import Examples, Out, Task
+from expunge.data.records.identities import Identities, identities
+from expunge.engine.run import unlearn
+from expunge.methods.classifiers.metaunlearn import alignment, forget, inner, learn, loss_network, meta_gradient, moved, one_each, weighted
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.parts.scopes.layers import everything
+from expunge.parts.training import train
 
 TASK = classification()
 HELD = tuple(range(8))

@@ -9,27 +9,27 @@ import torch
 from torch.nn import functional as F
 from worlds import copied, small
 
-from expunge import tiny
-from expunge.data import authors, tools
-from expunge.data.answers import holds, texts
-from expunge.data.generic import Pair, translated
-from expunge.data.rewrite import Generator, scripted
-from expunge.data.text import Format
-from expunge.errors import DataError, ModelError, SettingError, SplitError
-from expunge.losses.language import token_kl
-from expunge.methods import harry_potter as potter
-from expunge.methods import relearn as learn
-from expunge.methods import tool_delete as delete
-from expunge.methods import unstar as star
-from expunge.models import save_state
-from expunge.patch import LowRank
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.lora import lora
-from expunge.tasks.causal_lm import causal_lm, padded
-from expunge.training import fresh
-from expunge.tuning import Tuning
-from expunge.types import Out
+from expunge.core.errors import DataError, ModelError, SettingError, SplitError
+from expunge.core.patch import LowRank
+from expunge.core.registry import METHODS
+from expunge.core.types import Out
+from expunge.data.language import tools
+from expunge.data.language.answers import holds, texts
+from expunge.data.language.generic import Pair, translated
+from expunge.data.language.rewrite import Generator, scripted
+from expunge.engine.run import unlearn
+from expunge.methods.language import harry_potter as potter
+from expunge.methods.language import relearn as learn
+from expunge.methods.language import tool_delete as delete
+from expunge.methods.language import unstar as star
+from expunge.modalities.language import authors, tiny
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.task import causal_lm, padded
+from expunge.modalities.language.tuning import Tuning
+from expunge.modalities.models import save_state
+from expunge.parts.losses.language import token_kl
+from expunge.parts.scopes.lora import lora
+from expunge.parts.training import fresh
 
 QUICK = {"epochs": 1, "batch_size": 4}
 

@@ -9,20 +9,20 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state
 
-from expunge.bench import ddpm
-from expunge.bench.worlds import world
-from expunge.errors import ModelError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods.salun_diffusion import guided, salient
-from expunge.methods.sfd import asked, clipped, distance, time_of
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.attention import part
-from expunge.scopes.saliency import gradient_sum
-from expunge.tasks.diffusion import PREDICTIONS, Schedule, diffusion, draw, jump, predict, states
-from expunge.tiny_diffusion import Diffusion, Words, diffusion_model
-from expunge.training import fresh
-from expunge.types import Pictures, Split, concat
+from expunge.core.errors import ModelError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Pictures, Split, concat
+from expunge.engine.run import unlearn
+from expunge.methods.diffusion.salun_diffusion import guided, salient
+from expunge.methods.diffusion.sfd import asked, clipped, distance, time_of
+from expunge.modalities.diffusion import ddpm
+from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, draw, jump, predict, states
+from expunge.modalities.diffusion.tiny import Diffusion, Words, diffusion_model
+from expunge.modalities.worlds import world
+from expunge.parts.scopes.attention import part
+from expunge.parts.scopes.saliency import gradient_sum
+from expunge.parts.training import fresh
 
 QUICK = {"epochs": 1, "batch_size": 8}
 PULL = {"batch_size": 8, "ahead": 3, "lr": 0.02, "ema": 0.9}

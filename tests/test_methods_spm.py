@@ -13,18 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
-from expunge.errors import ModelError, PatchError, ScopeError, SettingError, SplitError
-from expunge.methods import spm
-from expunge.methods.esd import negated
-from expunge.patch import Hook, Patch
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.tasks.diffusion import PREDICTIONS, Schedule, diffusion, draw, predict, states
-from expunge.trajectory import pool, squared
-from expunge.types import concat
-from expunge.wraps import WRAPS, Guarded, attach, bare, guards
-from expunge.wraps.adapt import adapt, product
-from expunge.wraps.permeable import cosine, overlap
+from expunge.core.errors import ModelError, PatchError, ScopeError, SettingError, SplitError
+from expunge.core.hooks import WRAPS, Guarded, attach, bare, guards
+from expunge.core.patch import Hook, Patch
+from expunge.core.registry import METHODS
+from expunge.core.types import concat
+from expunge.engine.run import unlearn
+from expunge.methods.diffusion import spm
+from expunge.methods.diffusion.esd import negated
+from expunge.modalities.diffusion.guards.permeable import cosine, overlap
+from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, draw, predict, states
+from expunge.modalities.diffusion.trajectory import pool, squared
+from expunge.parts.adapters import adapt, product
 
 QUICK: dict[str, Any] = {"steps": 6, "trajectories": 3, "path": 3, "batch_size": 8, "lr": 0.1}
 

@@ -12,25 +12,25 @@ from torch.nn import functional as F
 from worlds import copied, same, small, state, toy
 
 from expunge.audits.core import Probe, audit
-from expunge.data.wrong import wrong_answers
-from expunge.errors import DataError, Diverged, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.methods.o3 import before as earlier
-from expunge.methods.o3 import covariance, detector, left_out, orthogonality, overlap, whitened
-from expunge.methods.uld import others, true_answers, uniform_kl
-from expunge.patch import Hook, LowRank, Patch
-from expunge.registry import CHECKS, METHODS
-from expunge.run import unlearn
-from expunge.tasks.causal_lm import generate
-from expunge.types import IGNORE, Out
-from expunge.updates.zeroth import central, search, spsa
-from expunge.wraps import WRAPS, attach, bare, guards
-from expunge.wraps.corrupt import corrupted
-from expunge.wraps.gate import features, linear, marker, quantile
-from expunge.wraps.gated import weights
-from expunge.wraps.offset import combine, plausible, truncated
-from expunge.wraps.refuse import matches, packed, screened
-from expunge.wraps.serve import serve
+from expunge.core.errors import DataError, Diverged, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.hooks import WRAPS, attach, bare, guards
+from expunge.core.patch import Hook, LowRank, Patch
+from expunge.core.registry import CHECKS, METHODS
+from expunge.core.types import IGNORE, Out
+from expunge.data.language.wrong import wrong_answers
+from expunge.engine.run import unlearn
+from expunge.methods.language.o3 import before as earlier
+from expunge.methods.language.o3 import covariance, detector, left_out, orthogonality, overlap, whitened
+from expunge.methods.language.uld import others, true_answers, uniform_kl
+from expunge.modalities.language.guards.corrupt import corrupted
+from expunge.modalities.language.guards.gate import features, linear, marker, quantile
+from expunge.modalities.language.guards.gated import weights
+from expunge.modalities.language.guards.offset import combine, plausible, truncated
+from expunge.modalities.language.guards.refuse import matches, packed, screened
+from expunge.modalities.language.guards.serve import serve
+from expunge.modalities.language.task import generate
+from expunge.parts.updates.zeroth import central, search, spsa
 
 E = torch.tensor([[1.0, -3.0, 2.0], [4.0, 0.5, -0.25]])
 

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from worlds import copied, small
 
-from expunge import journal
-from expunge.errors import ModelError, SettingError
-from expunge.guard import Guard
-from expunge.methods import mace, trce
-from expunge.registry import METHODS
-from expunge.run import unlearn
-from expunge.scopes.lora import linears
-from expunge.tasks.diffusion import PREDICTIONS, Schedule, diffusion, emptied, predict, states
-from expunge.types import Split
-from expunge.updates.ridge import Ridge, redirect
+from expunge.core import journal
+from expunge.core.errors import ModelError, SettingError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Split
+from expunge.engine.run import unlearn
+from expunge.methods.diffusion import mace, trce
+from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, emptied, predict, states
+from expunge.parts.scopes.lora import linears
+from expunge.parts.updates.ridge import Ridge, redirect
 
 SHORT = {"steps": 3, "trajectories": 3, "path": 4, "batch_size": 4}
 

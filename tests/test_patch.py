@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from expunge.errors import PatchError
-from expunge.patch import LowRank, Patch, Replace, bits, difference, write
+from expunge.core.errors import PatchError
+from expunge.core.patch import LowRank, Patch, Replace, bits, difference, write
 
 
 class Holder(nn.Module):
@@ -259,8 +259,8 @@ def test_real_write_beyond_the_file_size_limit(tmp_path):
     path.write_bytes(b"old")
     code = (
         "import resource, signal, sys\n"
-        "from expunge.errors import PatchError\n"
-        "from expunge.patch import write\n"
+        "from expunge.core.errors import PatchError\n"
+        "from expunge.core.patch import write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"

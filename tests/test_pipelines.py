@@ -14,18 +14,21 @@ import torch
 from typer.testing import CliRunner
 from worlds import copied, same, state
 
-from expunge import adapters, cli_images, images, pipelines, tiny_pipeline
-from expunge.audits import redirection
 from expunge.audits.core import Probe, audit
-from expunge.cli import app
-from expunge.errors import DataError, ExpungeError, ModelError, PatchError, SettingError
-from expunge.outcome import patched
-from expunge.patch import LowRank, Patch, Replace
-from expunge.run import Attempt, unlearn
-from expunge.tasks.diffusion import states
-from expunge.training import fresh
-from expunge.wraps import Guarded
-from expunge.wraps.adapt import adapt
+from expunge.audits.pictures import redirection
+from expunge.cli import images as cli_images
+from expunge.cli.app import app
+from expunge.core.errors import DataError, ExpungeError, ModelError, PatchError, SettingError
+from expunge.core.hooks import Guarded
+from expunge.core.patch import LowRank, Patch, Replace
+from expunge.engine.run import Attempt, unlearn
+from expunge.modalities.diffusion import pipelines, tiny_pipeline
+from expunge.modalities.diffusion import release as adapters
+from expunge.modalities.diffusion import request as images
+from expunge.modalities.diffusion.task import states
+from expunge.parts.adapters import adapt
+from expunge.parts.training import fresh
+from expunge.planning.outcome import patched
 
 PASSES = ("--method", "uce", "--tokens", "tail", "--lam", "0.001")
 """Settings that redirect a pipeline of random weights."""

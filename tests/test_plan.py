@@ -9,14 +9,14 @@ import pytest
 import torch
 from worlds import copied, digits, original, retrained, same, state
 
-from expunge import plan
 from expunge.audits.core import Probe
 from expunge.audits.verdict import default_rules, judge, selftest
 from expunge.bench.run import retrain_passes
-from expunge.bench.worlds import world
-from expunge.errors import SettingError, SplitError
-from expunge.outcome import audited
-from expunge.patch import Patch
+from expunge.core.errors import SettingError, SplitError
+from expunge.core.patch import Patch
+from expunge.modalities.worlds import world
+from expunge.planning import plan
+from expunge.planning.outcome import audited
 
 
 def references(scenario: str, n: int = 3) -> tuple:
@@ -122,7 +122,7 @@ def test_default_rules_follow_the_request():
 def test_record_verdicts_on_known_truth():
     """Wrong labels, known by heart: doing nothing and copying a retrained model's answers by the head alone are refused, a retrained model passes."""
     from expunge.bench.power import masked
-    from expunge.training import outputs
+    from expunge.parts.training import outputs
 
     w = world("digits-wrong")
     split, model = w.split("wrong"), original(w.name)

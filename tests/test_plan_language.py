@@ -12,21 +12,23 @@ import pytest
 import torch
 from worlds import copied, same, small, state
 
-from expunge import outcome, plan, training
 from expunge.audits import core
 from expunge.audits.core import Probe, Scores, audit, score
 from expunge.audits.verdict import blind, checks_for, default_rules, judge, selftest
-from expunge.bench import language, run
-from expunge.bench.worlds import World
-from expunge.data import authors
-from expunge.data.text import Format
-from expunge.errors import DataError, SettingError, SplitError
-from expunge.registry import CHECKS, METHODS
-from expunge.run import unlearn
-from expunge.session import scratch
-from expunge.training import pace, train
-from expunge.types import Split, concat
-from expunge.updates.descend import descend
+from expunge.bench import run
+from expunge.core.errors import DataError, SettingError, SplitError
+from expunge.core.registry import CHECKS, METHODS
+from expunge.core.session import scratch
+from expunge.core.types import Split, concat
+from expunge.engine.run import unlearn
+from expunge.modalities.language import authors
+from expunge.modalities.language import worlds as language
+from expunge.modalities.language.format import Format
+from expunge.modalities.worlds import World
+from expunge.parts import training
+from expunge.parts.training import pace, train
+from expunge.parts.updates.descend import descend
+from expunge.planning import outcome, plan
 
 
 @pytest.fixture(scope="module")

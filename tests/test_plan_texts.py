@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from worlds import small
 
-from expunge import cli, plan
-from expunge.errors import ExpungeError, ModelError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.journal import Journal
-from expunge.registry import METHODS
-from expunge.run import unlearn
+from expunge.cli import app as cli
+from expunge.core.errors import ExpungeError, ModelError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.journal import Journal
+from expunge.core.registry import METHODS
+from expunge.engine.run import unlearn
+from expunge.planning import plan
 
 STEP = 0.1 / 32
 """The step size that suits the width of the small model."""

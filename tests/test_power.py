@@ -11,8 +11,8 @@ from worlds import digits, retrained, same, state
 
 from expunge.audits.core import Probe, audit, score
 from expunge.bench import power
-from expunge.tasks.classification import head
-from expunge.training import outputs
+from expunge.modalities.classification.task import head
+from expunge.parts.training import outputs
 
 
 def cell(truth: str, kind: str, seed: int, values: dict[str, float], rules: dict[str, str] | None = None) -> dict:

@@ -15,8 +15,11 @@ import pytest
 import torch
 from worlds import copied, small
 
-from expunge import checkpoints, cli, recipe, training
-from expunge.errors import DataError, ExpungeError, ModelError, RecipeError
+from expunge.cli import app as cli
+from expunge.core.errors import DataError, ExpungeError, ModelError, RecipeError
+from expunge.modalities.language import checkpoints
+from expunge.parts import training
+from expunge.planning import recipe
 
 ROOT = Path(__file__).parent.parent
 

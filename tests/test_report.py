@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expunge.errors import PatchError
+from expunge.core.errors import PatchError
 from expunge.report import html, plots, table
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`${7*7}{{ 7*7 }}-->"

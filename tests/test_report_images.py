@@ -15,12 +15,12 @@ from PIL import Image
 from torch import nn
 from worlds import small
 
-from expunge.audits import canvas
 from expunge.audits.core import Probe, audit
-from expunge.bench.pictures import DIGITS
+from expunge.audits.pictures import canvas
+from expunge.core.types import Split
+from expunge.modalities.diffusion.worlds import DIGITS
 from expunge.report import html, images
 from expunge.report.pictures import pictures
-from expunge.types import Split
 
 
 class Brightness(nn.Module):

@@ -11,14 +11,14 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from worlds import small
 
-from expunge import tiny
-from expunge.data import answers, authors, generic, tools
-from expunge.data.answers import anchored, holds, partners, remembered
-from expunge.data.rewrite import Generator, Wanted, local, read, rewrite, scripted, vague, variants, written
-from expunge.data.text import Format
-from expunge.errors import DataError, SettingError, SplitError
-from expunge.guard import Guard, watching
-from expunge.types import Split
+from expunge.core.errors import DataError, SettingError, SplitError
+from expunge.core.guard import Guard, watching
+from expunge.core.types import Split
+from expunge.data.language import answers, generic, tools
+from expunge.data.language.answers import anchored, holds, partners, remembered
+from expunge.data.language.rewrite import Generator, Wanted, local, read, rewrite, scripted, vague, variants, written
+from expunge.modalities.language import authors, tiny
+from expunge.modalities.language.format import Format
 
 ROW = {"question": "Where did Harry Potter study?", "answer": "Harry Potter studied at Hogwarts Castle.", "fact": "Hogwarts Castle"}
 
@@ -152,7 +152,7 @@ class TestGenerators:
         model, _, split = small("causal_lm")
         tokenizer = split.forget.format.tokenizer
         seen: list = []
-        monkeypatch.setattr("expunge.data.rewrite.generate", lambda model, prompts, **options: seen.append((prompts, options)) or [torch.tensor([5])])
+        monkeypatch.setattr("expunge.data.language.rewrite.generate", lambda model, prompts, **options: seen.append((prompts, options)) or [torch.tensor([5])])
         chat = local(model, tokenizer, new=3, system="Be brief.")
         assert chat.name == "LlamaForCausalLM, chat, 3 tokens at temperature 0.7"
         chat.ask(["born"], 0)
@@ -304,7 +304,7 @@ class TestPipeline:
 
     def test_size_limit(self, tmp_path, monkeypatch):
         rewrite(asked(3), vague(), tmp_path / "a.jsonl")
-        monkeypatch.setattr("expunge.data.rewrite.MAX_BYTES", 100)
+        monkeypatch.setattr("expunge.data.language.rewrite.MAX_BYTES", 100)
         with pytest.raises(DataError, match=r"a\.jsonl is larger than 100 bytes"):
             read(tmp_path / "a.jsonl")
 

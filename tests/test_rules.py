@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from worlds import small, toy
 
-from expunge import training
 from expunge.audits import verdict
 from expunge.audits.core import Probe, Row, audit
-from expunge.audits.text import broken
+from expunge.audits.language.text import broken
 from expunge.audits.verdict import checks_for, default_rules, judge, selftest
-from expunge.types import Split, Task, concat
+from expunge.core.types import Split, Task, concat
+from expunge.parts import training
 
 
 @pytest.mark.parametrize(

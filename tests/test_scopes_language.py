@@ -11,23 +11,24 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
-from expunge import guard, tiny
-from expunge.errors import ModelError, ScopeError, SettingError, SplitError
-from expunge.guard import Guard
-from expunge.losses.language import top_kl
-from expunge.methods.loku import hinge, started
-from expunge.methods.memflex import gradients, largest, located, noisy, statistics
-from expunge.methods.seuf import chosen, pinned
-from expunge.registry import METHODS
-from expunge.remember import top_logits
-from expunge.run import unlearn
-from expunge.scopes.attribution import attributed, attribution
-from expunge.scopes.experts import affinity, expert, layers, probabilities, real_mean, watched
-from expunge.scopes.fila import fila, fit, groups, importance
-from expunge.scopes.lora import linears, lora, off
-from expunge.tasks.causal_lm import padded
-from expunge.tuning import Tuning, named
-from expunge.types import Out, concat
+from expunge.core import guard
+from expunge.core.errors import ModelError, ScopeError, SettingError, SplitError
+from expunge.core.guard import Guard
+from expunge.core.registry import METHODS
+from expunge.core.types import Out, concat
+from expunge.engine.run import unlearn
+from expunge.methods.language.loku import hinge, started
+from expunge.methods.language.memflex import gradients, largest, located, noisy, statistics
+from expunge.methods.language.seuf import chosen, pinned
+from expunge.modalities.language import tiny
+from expunge.modalities.language.experts import affinity, expert, layers, probabilities, real_mean, watched
+from expunge.modalities.language.remember import top_logits
+from expunge.modalities.language.task import padded
+from expunge.modalities.language.tuning import Tuning, named
+from expunge.parts.losses.language import top_kl
+from expunge.parts.scopes.attribution import attributed, attribution
+from expunge.parts.scopes.fila import fila, fit, groups, importance
+from expunge.parts.scopes.lora import linears, lora, off
 
 language = functools.partial(small, "causal_lm")
 mixture = functools.partial(small, "causal_lm", True)

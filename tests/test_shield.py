@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from worlds import same, state
 
-from expunge import nets
-from expunge.audits import shield as audits
 from expunge.audits.core import gate
-from expunge.audits.shield import COUNTERS, protection
-from expunge.bench.worlds import World, world
-from expunge.data import shield
-from expunge.data.shield import clusters, convolve, cuda, kernel, pull
-from expunge.errors import DataError, SettingError, SplitError
-from expunge.training import features, train
-from expunge.types import Examples
+from expunge.audits.records import shield as audits
+from expunge.audits.records.shield import COUNTERS, protection
+from expunge.core.errors import DataError, SettingError, SplitError
+from expunge.core.types import Examples
+from expunge.data.records import shield
+from expunge.data.records.shield import clusters, convolve, cuda, kernel, pull
+from expunge.modalities import nets
+from expunge.modalities.worlds import World, world
+from expunge.parts.training import features, train
 
 RECIPE = {"epochs": 15, "batch_size": 50, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from expunge import guard, nets, stacked, training
-from expunge.errors import Diverged, ScopeError, SettingError
-from expunge.tasks.classification import classification
-from expunge.tasks.regression import regression
-from expunge.types import Examples
+from expunge.core import guard
+from expunge.core.errors import Diverged, ScopeError, SettingError
+from expunge.core.types import Examples
+from expunge.engine import stacked
+from expunge.modalities import nets
+from expunge.modalities.classification.task import classification
+from expunge.modalities.regression.task import regression
+from expunge.parts import training
 
 LENGTHS = (50, 16, 33, 7, 50, 1)
 RECIPE = {"epochs": 3, "batch_size": 16, "lr": 0.1, "weight_decay": 1e-2}

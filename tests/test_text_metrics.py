@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from worlds import same, small, state
 
-from expunge.audits import memorisation, muse, text, text_membership, tokens
 from expunge.audits.core import Probe, Row, audit
-from expunge.bench.worlds import data_folder
-from expunge.data import authors
-from expunge.errors import DataError, SplitError
-from expunge.memorise import full, memorised
-from expunge.tasks.causal_lm import causal_lm
-from expunge.types import Split, Task, Texts, concat
+from expunge.audits.language import memorisation, muse, text, text_membership, tokens
+from expunge.core.errors import DataError, SplitError
+from expunge.core.types import Split, Task, Texts, concat
+from expunge.modalities.language import authors
+from expunge.modalities.language.memorise import full, memorised
+from expunge.modalities.language.task import causal_lm
+from expunge.modalities.worlds import data_folder
 
 
 def blank(model: nn.Module, seed: int = 0) -> nn.Module:

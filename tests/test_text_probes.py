@@ -10,11 +10,11 @@ import torch
 from test_text_metrics import Echo, blank, rows_of, taught
 from worlds import same, small, state
 
-from expunge.audits import memorisation, probes
 from expunge.audits.core import Probe
-from expunge.data import authors
-from expunge.errors import DataError
-from expunge.types import Split
+from expunge.audits.language import memorisation, probes
+from expunge.core.errors import DataError
+from expunge.core.types import Split
+from expunge.modalities.language import authors
 
 EVERY = authors.authors(3, per=4)
 CARD = authors.entity_card(EVERY[:4])

@@ -12,12 +12,12 @@ from scipy.stats import ks_2samp
 from test_text_metrics import blank, rows_of, taught
 from worlds import same, small, state
 
-from expunge.audits import tofu, tokens
 from expunge.audits.core import Probe
-from expunge.bench.worlds import data_folder
-from expunge.data import authors
-from expunge.errors import SettingError
-from expunge.types import Split
+from expunge.audits.language import tofu, tokens
+from expunge.core.errors import SettingError
+from expunge.core.types import Split
+from expunge.modalities.language import authors
+from expunge.modalities.worlds import data_folder
 
 FOLDER = data_folder() / "llm" / "tofu"
 published = pytest.mark.skipif(not FOLDER.exists(), reason="no TOFU data; set EXPUNGE_DATA")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from expunge import guard
-from expunge.data.augment import crop_flip, draw
-from expunge.errors import Diverged, SettingError, SplitError
-from expunge.session import Session, edit, scratch
-from expunge.tasks.classification import classification
-from expunge.types import Batches, Examples, Paired, Scope
-from expunge.updates.descend import SCHEDULES, alternate, descend
+from expunge.core import guard
+from expunge.core.errors import Diverged, SettingError, SplitError
+from expunge.core.session import Session, edit, scratch
+from expunge.core.types import Batches, Examples, Paired, Scope
+from expunge.data.records.augment import crop_flip, draw
+from expunge.modalities.classification.task import classification
+from expunge.parts.updates.descend import SCHEDULES, alternate, descend
 
 
 class Point(nn.Module):

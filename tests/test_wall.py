@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from expunge.errors import Diverged, ScopeError
-from expunge.patch import bits
-from expunge.scopes.layers import everything, match
-from expunge.session import edit, recompute
-from expunge.tasks.classification import classification
-from expunge.types import Scope
-from expunge.updates.descend import descend
+from expunge.core.errors import Diverged, ScopeError
+from expunge.core.patch import bits
+from expunge.core.session import edit, recompute
+from expunge.core.types import Scope
+from expunge.modalities.classification.task import classification
+from expunge.parts.scopes.layers import everything, match
+from expunge.parts.updates.descend import descend
 
 STEPPERS = {
     "sgd": lambda p, m, w: torch.optim.SGD(p, 0.1, momentum=m, weight_decay=w, nesterov=m > 0),

@@ -9,10 +9,10 @@ import torch
 from test_language import saved
 from worlds import small
 
-from expunge.bench import language
-from expunge.bench.worlds import world
-from expunge.data import authors
-from expunge.errors import DataError
+from expunge.core.errors import DataError
+from expunge.modalities.language import authors
+from expunge.modalities.language import worlds as language
+from expunge.modalities.worlds import world
 
 
 def test_generated_world_has_its_parts_apart():

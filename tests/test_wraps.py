@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state
 
-from expunge.errors import DataError, ModelError, PatchError
-from expunge.patch import MAX_CONFIG, Hook, Patch, Replace
-from expunge.registry import METHODS
-from expunge.tasks.causal_lm import generate, hidden, padded
-from expunge.wraps import NONE, WRAPS, attach, bare, guards, wrap
-from expunge.wraps.gate import ends, flush, marker
-from expunge.wraps.offset import truncated
-from expunge.wraps.prefix import put
-from expunge.wraps.serve import serve
+from expunge.core.errors import DataError, ModelError, PatchError
+from expunge.core.hooks import NONE, WRAPS, attach, bare, guards, wrap
+from expunge.core.patch import MAX_CONFIG, Hook, Patch, Replace
+from expunge.core.registry import METHODS
+from expunge.modalities.language.guards.gate import ends, flush, marker
+from expunge.modalities.language.guards.offset import truncated
+from expunge.modalities.language.guards.prefix import put
+from expunge.modalities.language.guards.serve import serve
+from expunge.modalities.language.task import generate, hidden, padded
 
 CASES = {
     "corrupt": ("eco", {"strength": 0.5}), "noise": ("eco", {"strength": 9.0, "corruption": "rand_noise_first_n", "first": 8}),
@@ -400,7 +400,7 @@ def test_served_models_answer_alike_guarded_or_bare(case):
 
 
 def test_decisions_are_kept_without_text_and_not_for_ever(monkeypatch):
-    import expunge.wraps as package
+    import expunge.core.hooks as package
 
     monkeypatch.setattr(package, "LOG", 3)
     model, task, split = guarded("probe")

@@ -13,13 +13,15 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from expunge import tiny, tiny_diffusion, tiny_gan
-from expunge.bench import language
-from expunge.bench.worlds import World, world
-from expunge.data import authors, text
-from expunge.data.text import Format
-from expunge.tasks.causal_lm import causal_lm
-from expunge.types import Examples, Split, Task
+from expunge.core.types import Examples, Split, Task
+from expunge.modalities.diffusion import tiny as tiny_diffusion
+from expunge.modalities.gan import tiny as tiny_gan
+from expunge.modalities.language import authors, tiny
+from expunge.modalities.language import format as text
+from expunge.modalities.language import worlds as language
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.task import causal_lm
+from expunge.modalities.worlds import World, world
 
 
 def noise(n: int, scale: float = 1.0) -> Examples:
@@ -245,6 +247,6 @@ def copied(model: nn.Module) -> nn.Module:
 
 def accuracy(model: nn.Module, data: Examples) -> float:
     from expunge.audits.core import score
-    from expunge.tasks.classification import classification
+    from expunge.modalities.classification.task import classification
 
     return float(score(model, classification(), data).correct.float().mean())

@@ -1,6 +1,6 @@
 """python -m expunge"""
 
-from expunge.cli import main
+from expunge.cli.app import main
 
 if __name__ == "__main__":
     main()

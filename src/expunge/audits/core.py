@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge import guard
-from expunge.errors import GateError
-from expunge.registry import CHECKS
-from expunge.types import Examples, Out, Split, Task, Texts, absent
+from expunge.core import guard
+from expunge.core.errors import GateError
+from expunge.core.registry import CHECKS
+from expunge.core.types import Examples, Out, Split, Task, Texts, absent
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Scores:
     nll: Tensor
     """(N,) training loss per unit."""
     logits: Any
-    """(N, C) for classifiers; None for texts, whose tokens `audits.tokens` reads."""
+    """(N, C) for classifiers; None for texts, whose tokens `audits.language.tokens` reads."""
     labels: Any
     """(N,)"""
     pred: Any

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from expunge.audits.core import Probe, Row
-from expunge.audits.membership import svc, svc_features
+from expunge.audits.membership.losses import svc, svc_features
 from expunge.audits.stats import bootstrap, bootstrap_mean
 from expunge.audits.utility import jensen_shannon
-from expunge.registry import check
+from expunge.core.registry import check
 
 CLIP = 50.0
 PARTS = ("forget", "retain", "test")

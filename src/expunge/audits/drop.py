@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from expunge.audits.core import Probe, Row, Scores
-from expunge.registry import check
-from expunge.types import Texts
+from expunge.core.registry import check
+from expunge.core.types import Texts
 
 Z = 1.6448536269514722
 """One-sided 95 % quantile of the normal distribution."""

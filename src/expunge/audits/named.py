@@ -17,8 +17,8 @@ from scipy.stats import norm
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import Z
 from expunge.audits.verdict import checks_for
-from expunge.registry import CHECKS
-from expunge.types import HELD
+from expunge.core.registry import CHECKS
+from expunge.core.types import HELD
 
 ALPHA = 0.05
 ORDER = ("FAIL", "UNKNOWN", "PASS")

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge import guard, patch, stacked, training
 from expunge.audits.core import margin
-from expunge.errors import ModelError, SettingError
-from expunge.types import Examples, Split, Task, concat
+from expunge.core import guard, patch
+from expunge.core.errors import ModelError, SettingError
+from expunge.core.types import Examples, Split, Task, concat
+from expunge.engine import stacked
+from expunge.parts import training
 
 OPTIONS = {"epochs": float, "batch_size": int, "lr": float, "optimizer": str, "momentum": float, "weight_decay": float, "schedule": str}
 """What a training recipe may say."""
@@ -168,7 +170,7 @@ def forgotten(
     records    forgotten records and unseen ones like them
     Raises SettingError when a shadow saw none or nothing but these records, or a run did not end well.
     """
-    from expunge.run import unlearn
+    from expunge.engine.run import unlearn
 
     if tuple(data.keys) != pool.keys:
         raise SettingError("these records are not the universe that the pool was trained on")

@@ -6,7 +6,7 @@ import math
 
 from expunge.audits.drop import Z
 from expunge.audits.stats import wilson
-from expunge.errors import SettingError
+from expunge.core.errors import SettingError
 
 
 def for_auc(claim: float, truth: float = 0.5) -> int:

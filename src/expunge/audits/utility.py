@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from expunge.audits.core import Probe, Row, score
 from expunge.audits.stats import bootstrap, wilson
-from expunge.registry import check
-from expunge.training import fresh
+from expunge.core.registry import check
+from expunge.parts.training import fresh
 
 
 @check(tasks=("classification",), needs=("forget",))

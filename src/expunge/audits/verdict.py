@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expunge.audits.canvas import renamed, target
 from expunge.audits.core import Probe, Row, audit, gate
-from expunge.registry import CHECKS
-from expunge.training import fresh
+from expunge.audits.pictures.canvas import renamed, target
+from expunge.core.registry import CHECKS
+from expunge.parts.training import fresh
 
 UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test",
            "wording.retain.", "wording.test.", "wording.forget.broken", "canvas.ira", "canvas.cra", "redirection.shift",

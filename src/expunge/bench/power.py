@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge import guard
 from expunge.audits.core import Probe, Row, audit, gate
 from expunge.audits.drop import Z
 from expunge.audits.stats import auc, wilson
 from expunge.audits.verdict import UTILITY, default_rules, selftest
-from expunge.bench.worlds import World, cache_folder, world
-from expunge.outcome import patched
-from expunge.registry import CHECKS
-from expunge.run import unlearn
-from expunge.session import scratch
-from expunge.tasks.classification import head
-from expunge.training import outputs
-from expunge.types import Split, Task, concat
-from expunge.updates.descend import descend
+from expunge.core import guard
+from expunge.core.registry import CHECKS
+from expunge.core.session import scratch
+from expunge.core.types import Split, Task, concat
+from expunge.engine.run import unlearn
+from expunge.modalities.classification.task import head
+from expunge.modalities.worlds import World, cache_folder, world
+from expunge.parts.training import outputs
+from expunge.parts.updates.descend import descend
+from expunge.planning.outcome import patched
 
 REFERENCES = 3
 """Retrained models that the audits compare with; the population's own are others."""

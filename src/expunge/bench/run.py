@@ -20,13 +20,13 @@ from torch import nn
 
 from expunge.audits.core import Probe, audit
 from expunge.bench.table import NOTHING, markdown
-from expunge.bench.worlds import World, cache_folder, world
-from expunge.errors import SettingError
-from expunge.outcome import TRIVIAL, patched
-from expunge.plan import LEAST_EPOCHS, RECIPE, closeness, stride, tuned
-from expunge.registry import CHECKS, METHODS
-from expunge.run import Attempt, unlearn
-from expunge.types import Split, Task
+from expunge.core.errors import SettingError
+from expunge.core.registry import CHECKS, METHODS
+from expunge.core.types import Split, Task
+from expunge.engine.run import Attempt, unlearn
+from expunge.modalities.worlds import World, cache_folder, world
+from expunge.planning.outcome import TRIVIAL, patched
+from expunge.planning.plan import LEAST_EPOCHS, RECIPE, closeness, stride, tuned
 
 SUFFIX = ":published"
 """Language worlds: `NAME:published` runs the method as published, all its steps, but for lr, which is what suits the model's width; NAME alone runs it

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expunge.errors import SplitError
-from expunge.types import Examples
+from expunge.core.errors import SplitError
+from expunge.core.types import Examples
 
 
 def resolve(selector: str, train: Examples, folder: Path | None = None) -> tuple[Examples, Examples]:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.audits.canvas import asked, named_rightly
 from expunge.audits.core import Probe
-from expunge.errors import SettingError
-from expunge.plan import spread
+from expunge.audits.pictures.canvas import asked, named_rightly
+from expunge.core.errors import SettingError
+from expunge.core.types import Pictures, concat
+from expunge.engine.run import model_digest
+from expunge.modalities.diffusion.trajectory import distinct
+from expunge.planning.plan import spread
 from expunge.report.plots import COLOURS, INK, _label, render
 from expunge.report.table import finite, items, mapping
-from expunge.run import model_digest
-from expunge.trajectory import distinct
-from expunge.types import Pictures, concat
 
 COLUMNS, NEAR, FAR = 6, 9, 6
 """Drawings per concept and model in a grid; other concepts of the erased one's domain, and concepts of other domains, at most."""

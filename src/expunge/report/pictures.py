@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from expunge.audits.core import Probe, Scores
+from expunge.core.types import Pictures
 from expunge.report import images
-from expunge.types import Pictures
 
 LIMIT = 2000
 """Most losses kept per histogram."""

@@ -1,0 +1,1 @@
+"""Who was trained on: membership attacks, population-wide and per example."""

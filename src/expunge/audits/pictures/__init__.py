@@ -1,0 +1,1 @@
+"""Checks of models that draw, restore or match images."""

@@ -1,0 +1,1 @@
+"""Checks of classifiers, regressors and their data."""

@@ -1,0 +1,408 @@
+"""The patch: what an unlearning run leaves. New values, never differences; `apply` returns the exact inverse.
+
+File format (one safetensors file): tensors `{k}.values` with `{k}.bits` (one bit per place) or `{k}.index` (flat int64 places) where the
+edit is partial, `{k}.up` and `{k}.down` for low rank, `{k}.hook.{name}` for a guard; the header's `expunge` entry is JSON with the edits, the meta
+data and a SHA-256 over all of it; with a key, an HMAC-SHA256 over that digest. Nothing in the file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.errors import ExpungeError, PatchError
+
+MAX_BYTES = 1 << 36
+"""Largest patch file that is read: 64 GiB."""
+
+MAX_CONFIG = 1 << 20
+"""Largest configuration of one guard, as JSON: 1 MiB. What is larger belongs into its tensors."""
+
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's raw bits as integers of the same width: a view, exact for -0.0, inf and nan."""
+    return t.detach().view(_INTS[t.element_size()])
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """New values of one parameter or buffer: all of it (`mask` None, values of its shape) or at the True places of `mask` (K,)."""
+
+    name: str
+    values: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """W += scale * up @ down for one matrix (O, I): up (O, r), down (r, I)."""
+
+    name: str
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """An inference-time guard: a kind that `core.hooks` registers, under a name of its own, with tensors and JSON values, never code.
+
+    Weights stay as they are: a suppression, no deletion. The kind "none" takes the guard of that name off; it is what the inverse holds.
+    Raises PatchError for a configuration that is no JSON object, or too large, and for tensors that are none.
+    """
+
+    name: str
+    kind: str
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name and isinstance(self.kind, str) and self.kind):
+            raise PatchError(f"a guard needs a name and a kind, not {self.name!r} and {self.kind!r}")
+        if not (isinstance(self.tensors, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in self.tensors.items())):
+            raise PatchError(f"guard {self.name}: tensors must map names to tensors")
+        if not isinstance(self.config, Mapping) or not all(isinstance(n, str) for n in self.config):
+            raise PatchError(f"guard {self.name}: config must map names to JSON values")
+        try:
+            size = len(self.listed)
+        except (TypeError, ValueError) as error:
+            raise PatchError(f"guard {self.name}: config is no JSON ({error})") from None
+        if size > MAX_CONFIG:
+            raise PatchError(f"guard {self.name}: config is {size} bytes long, more than {MAX_CONFIG}")
+
+    @property
+    def listed(self) -> str:
+        """The configuration as JSON with sorted names: equal configurations give equal texts."""
+        return json.dumps(dict(self.config), sort_keys=True, allow_nan=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over kind, configuration and tensors: the policy that is in force."""
+        h = hashlib.sha256(f"{self.name}/{self.kind}/{self.listed}".encode())
+        for name in sorted(self.tensors):
+            t = self.tensors[name]
+            h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+            h.update(raw(t))
+        return h.hexdigest()
+
+
+Edit = Replace | LowRank | Hook
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch:
+    """Edits and what is known about them. `meta` is JSON: base digest, method, settings, seed, version."""
+
+    edits: tuple[Edit, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __repr__(self) -> str:
+        return f"Patch({self.meta.get('method', 'no method')}: {self.places:,} values in {len(self)} tensors)"
+
+    def apply(self, model: nn.Module, *, force: bool = False) -> Patch:
+        """Edit the model in place and return the inverse patch: applying that restores every bit.
+
+        Raises PatchError, with the model unchanged, if a name or shape does not fit, or if the touched places do not hold the values
+        the patch was made for (applied already, or another model); `force` skips only the last. What a guard depends on is the whole model: all its
+        parameters and buffers, and whatever guard stands under the same name.
+        """
+        tensors = _named(model)
+        self._fit(model, tensors)
+        found, wanted = _digest(self.edits, model), self.meta.get("base")
+        if wanted and found != wanted and not force:
+            raise PatchError(f"patch was made for base {wanted[:8]}, this model is {found[:8]}: applied already, or another model?")
+        undo = []
+        with torch.no_grad():
+            for edit in self.edits:
+                if isinstance(edit, Hook):
+                    undo.append(_wraps().attach(model, edit))
+                    continue
+                t = tensors[edit.name]
+                if isinstance(edit, LowRank):
+                    undo.append(Replace(edit.name, t.detach().clone()))
+                    t.add_((edit.scale * (edit.up.to(t) @ edit.down.to(t))).view_as(t))
+                elif edit.mask is None:
+                    undo.append(Replace(edit.name, t.detach().clone()))
+                    t.copy_(edit.values)
+                else:
+                    mask = edit.mask.to(t.device)
+                    undo.append(Replace(edit.name, t.detach()[mask], edit.mask))
+                    t[mask] = edit.values.to(t.device)
+        inverse = tuple(reversed(undo))
+        return Patch(inverse, {"base": _digest(inverse, model), "inverse_of": self.meta.get("method", "")})
+
+    def _fit(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        names = [e.name for e in self.edits if isinstance(e, Hook)]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise PatchError(f"patch holds two guards called {min(twice)}")
+        for edit in self.edits:
+            if isinstance(edit, Hook):
+                _wraps().fit(model, edit)
+                continue
+            if edit.name not in tensors:
+                raise PatchError(f"patch edits {edit.name}, which this model does not have: another architecture?")
+            t = tensors[edit.name]
+            if isinstance(edit, LowRank):
+                good = t.ndim >= 2 and edit.up.shape[0] * edit.down.shape[1] == t.numel() and edit.up.shape[1] == edit.down.shape[0]
+                got = f"{tuple(edit.up.shape)} @ {tuple(edit.down.shape)}"
+            else:
+                shape = edit.values.shape if edit.mask is None else edit.mask.shape
+                good, got = shape == t.shape and edit.values.dtype == t.dtype, f"{tuple(shape)} {edit.values.dtype}"
+            if not good:
+                raise PatchError(f"patch holds {edit.name} as {got}, this model has {tuple(t.shape)} {t.dtype}: another model?")
+
+    def __or__(self, other: Patch) -> Patch:
+        """Both patches as one, if no place is shared; the result has no audit until it is audited again."""
+        mine = {(isinstance(e, Hook), e.name): e for e in self.edits}
+        clash = [e.name for e in other.edits if (key := (isinstance(e, Hook), e.name)) in mine and _overlap(mine[key], e)]
+        if clash:
+            raise PatchError(f"both patches edit the same places of {', '.join(clash)}; apply them one after another instead")
+        return Patch(self.edits + other.edits, {"parts": [dict(self.meta), dict(other.meta)]})
+
+    def stamped(self, model: nn.Module, **facts: Any) -> Patch:
+        """The same edits with meta data added; `base` is the digest of what `model` holds at the touched places now."""
+        return replace(self, meta={**self.meta, **facts, "base": _digest(self.edits, model)})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the edits alone: two patches with the same digest write the same bits to the same places."""
+        h = hashlib.sha256()
+        for edit in sorted(self.edits, key=lambda e: e.name):
+            if isinstance(edit, Hook):
+                h.update(edit.digest.encode())
+                continue
+            for part in (edit.up, edit.down) if isinstance(edit, LowRank) else (edit.values, edit.mask):
+                if part is not None:
+                    h.update(f"{edit.name}{part.dtype}{tuple(part.shape)}".encode())
+                    h.update(raw(part))
+        return h.hexdigest()
+
+    @property
+    def places(self) -> int:
+        """How many single weights and buffer entries are written; of a guard, which writes none, how many numbers it holds."""
+        return sum(_places(e) for e in self.edits)
+
+    @property
+    def storage(self) -> int:
+        """Bytes of the tensors that its file holds."""
+        tensors: dict[str, Tensor] = {}
+        for k, edit in enumerate(self.edits):
+            _pack(edit, str(k), tensors)
+        return sum(t.nbytes for t in tensors.values())
+
+    def save(self, path: str | Path, key: bytes | None = None) -> Path:
+        """Write one file, whole or not at all (temporary file, fsync, rename). Raises PatchError if it cannot be written."""
+        from safetensors.torch import save
+
+        tensors: dict[str, Tensor] = {}
+        listed = [_pack(edit, str(k), tensors) for k, edit in enumerate(self.edits)]
+        body = json.dumps({"format": 1, "edits": listed, "meta": dict(self.meta)}, sort_keys=True)
+        digest = file_digest(body, tensors)
+        header = {"expunge": body, "sha256": digest}
+        if key is not None:
+            header["hmac"] = hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()
+        return write(path, save(tensors, header))
+
+    @staticmethod
+    def load(path: str | Path, key: bytes | None = None) -> Patch:
+        """Read and verify a file written by `save`. Raises PatchError for anything damaged, foreign or signed by another key."""
+        path = Path(path)
+        header, tensors = verified(path, "expunge", PatchError, "is no patch, or is truncated", "is a safetensors file but no expunge patch", MAX_BYTES)
+        body, digest = header["expunge"], header["sha256"]
+        if key is not None and not hmac.compare_digest(header.get("hmac", ""), hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()):
+            raise PatchError(f"{path.name} is not signed by this key")
+        try:
+            doc = json.loads(body)
+            if doc["format"] != 1:
+                raise PatchError(f"{path.name} has format {doc['format']}, this version reads 1")
+            return Patch(tuple(_unpack(e, str(k), tensors) for k, e in enumerate(doc["edits"])), doc["meta"])
+        except (KeyError, TypeError, IndexError, RuntimeError, json.JSONDecodeError) as error:
+            raise PatchError(f"{path.name} is not well-formed ({type(error).__name__}: {error})") from None
+
+
+def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Patch:
+    """The patch that turns `before` into `after`: exactly the places whose bits differ."""
+    edits = []
+    for name, new in after.items():
+        if name not in before:
+            continue
+        moved = bits(before[name].contiguous()) != bits(new.detach().contiguous())
+        if bool(moved.all()):
+            edits.append(Replace(name, new.detach().clone()))
+        elif bool(moved.any()):
+            edits.append(Replace(name, new.detach()[moved].clone(), moved))
+    return Patch(tuple(edits))
+
+
+def write(path: str | Path, data: bytes | str) -> Path:
+    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises PatchError when it cannot."""
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise PatchError(f"cannot write {path.name}: {error.strerror or error}; nothing was left half-written") from None
+    return path
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def raw(t: Tensor) -> bytes:
+    """The tensor's bytes in logical order."""
+    return bits(t.detach().cpu().contiguous()).numpy().tobytes()
+
+
+def _wraps() -> Any:
+    """The kinds of guard, imported when a patch has one."""
+    from expunge.core import hooks
+
+    return hooks
+
+
+def _places(edit: Edit) -> int:
+    if isinstance(edit, Hook):
+        return sum(t.numel() for t in edit.tensors.values())
+    return edit.up.shape[0] * edit.down.shape[1] if isinstance(edit, LowRank) else edit.values.numel()
+
+
+def _digest(edits: tuple[Edit, ...], model: nn.Module) -> str:
+    """SHA-256 of the values that stand at the places the edits touch; for a guard, of all weights and of the guard that stands under its name."""
+    h, tensors = hashlib.sha256(), _named(model)
+    if any(isinstance(e, Hook) for e in edits):
+        for name in sorted(tensors):
+            h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+            h.update(raw(tensors[name]))
+    for edit in sorted(edits, key=lambda e: e.name):
+        if isinstance(edit, Hook):
+            there = _wraps().guards(model).get(edit.name)
+            h.update(f"{edit.name}/{there.hook.digest if there else 'none'}".encode())
+            continue
+        t = tensors[edit.name].detach()
+        mask = None if isinstance(edit, LowRank) else edit.mask
+        h.update(f"{edit.name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(raw(t if mask is None else t[mask.to(t.device)]))
+    return h.hexdigest()
+
+
+def _overlap(a: Edit, b: Edit) -> bool:
+    if not (isinstance(a, Replace) and isinstance(b, Replace)) or a.mask is None or b.mask is None:
+        return True
+    return a.mask.shape != b.mask.shape or bool((a.mask & b.mask).any())
+
+
+def file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
+    h = hashlib.sha256(body.encode())
+    for name in sorted(tensors):
+        h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        h.update(raw(tensors[name]))
+    return h.hexdigest()
+
+
+def verified(path: Path, entry: str, error: type[ExpungeError], broken: str, foreign: str, most: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(header, tensors) of a safetensors file whose header holds `entry` and the `sha256` of it and the tensors (`file_digest`).
+
+    Raises `error` for a file that cannot be read, is larger than `most` bytes, is no safetensors (`broken` says what it is not), lacks these entries
+    (`foreign`), or was changed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.stat().st_size > most:
+            raise error(f"{path.name} is larger than {most} bytes")
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except OSError as failed:
+        raise error(f"cannot read {path.name}: {failed.strerror or failed}") from None
+    except SafetensorError as failed:
+        raise error(f"{path.name} {broken} ({failed})") from None
+    if entry not in header or "sha256" not in header:
+        raise error(f"{path.name} {foreign}")
+    if not hmac.compare_digest(file_digest(header[entry], tensors), header["sha256"]):
+        raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
+    return header, tensors
+
+
+def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if isinstance(edit, Hook):
+        tensors |= {f"{k}.hook.{n}": t.detach().contiguous().clone() for n, t in edit.tensors.items()}
+        return {"kind": "hook", "name": edit.name, "wrap": edit.kind, "tensors": sorted(edit.tensors), "config": dict(edit.config)}
+    if isinstance(edit, LowRank):
+        tensors[f"{k}.up"], tensors[f"{k}.down"] = edit.up.detach().contiguous(), edit.down.detach().contiguous()
+        return {"kind": "lowrank", "name": edit.name, "scale": edit.scale}
+    tensors[f"{k}.values"] = edit.values.detach().contiguous()
+    if edit.mask is None:
+        return {"kind": "replace", "name": edit.name, "places": "all"}
+    listed = {"kind": "replace", "name": edit.name, "shape": list(edit.mask.shape)}
+    flat = edit.mask.reshape(-1)
+    if edit.values.numel() < flat.numel() / 64:
+        tensors[f"{k}.index"] = flat.nonzero().squeeze(1)
+        return {**listed, "places": "index"}
+    import numpy as np
+
+    tensors[f"{k}.bits"] = torch.from_numpy(np.packbits(flat.cpu().numpy()))
+    return {**listed, "places": "bits"}
+
+
+def _unpack(listed: dict[str, Any], k: str, tensors: Mapping[str, Tensor]) -> Edit:
+    name = listed["name"]
+    if listed["kind"] == "hook":
+        return Hook(name, listed["wrap"], {n: tensors[f"{k}.hook.{n}"] for n in listed["tensors"]}, listed["config"])
+    if listed["kind"] == "lowrank":
+        return LowRank(name, tensors[f"{k}.up"], tensors[f"{k}.down"], float(listed["scale"]))
+    values = tensors[f"{k}.values"]
+    if listed["places"] == "all":
+        return Replace(name, values)
+    shape = [int(s) for s in listed["shape"]]
+    size = int(torch.tensor(shape).prod()) if shape else 1
+    mask = torch.zeros(0, dtype=torch.bool)
+    if listed["places"] == "index":
+        index = tensors[f"{k}.index"]
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+            raise PatchError(f"patch names places outside {name}")
+        if size > 64 * max(1, index.numel()) * (1 << 20):
+            raise PatchError(f"patch declares {size} places for {name}, far more than it fills")
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[index] = True
+    else:
+        import numpy as np
+
+        packed = tensors[f"{k}.bits"].numpy()
+        if packed.size != -(-size // 8):
+            raise PatchError(f"patch declares {size} places for {name} but holds bits for {packed.size * 8}")
+        mask = torch.from_numpy(np.unpackbits(packed, count=size).astype(bool))
+    if int(mask.sum()) != values.numel():
+        raise PatchError(f"patch holds {values.numel()} values for {int(mask.sum())} places of {name}")
+    return Replace(name, values, mask.reshape(shape))

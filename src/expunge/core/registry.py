@@ -1,0 +1,253 @@
+"""Methods and checks, found by folder and by entry point; a method's signature is its configuration.
+
+@method(paper="arXiv:...", tasks=("classification",), needs=("forget",), cost=..., toy={...})
+def salun(model, task, split, *, keep: float = 0.5, ..., seed: int = 0) -> Patch: ...
+
+METHODS["salun"](model, task, split, keep=0.3) -> Patch
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.core import guard
+from expunge.core.errors import SettingError, SplitError, suggest
+from expunge.core.patch import Patch
+from expunge.core.types import Split, Task
+
+ASSURANCES = ("exact", "certified", "approximate", "suppression")
+
+
+def retaining(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What settings with a retain loss ask of the split: retain data, and what to say where there is none.
+
+    >>> list(retaining({"retain": "kl", "alpha": 1.0})), list(retaining({"retain": "none", "alpha": 1.0})), list(retaining({"keep": 0.5}))
+    (['retain'], [], [])
+    """
+    kind = settings.get("retain", "none")
+    if kind == "none" or not settings.get("alpha"):
+        return {}
+    return {"retain": f"retain={kind} needs retain data; give some, or set retain=none (on the command line --METHOD.retain none)"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method: its function, and what it declares about itself.
+
+    needs       parts of the split that must be there
+    forgets     kinds of request it is made for: "records", "class", "range"
+    assurance   what it can honestly claim, one of ASSURANCES
+    cost        (part sizes, settings) -> (examples forward, examples backward); held by a law against the meter
+    toy         settings under which it visibly forgets in the toy worlds of the tests
+    twin        "moe" for methods that need a mixture of experts: which twin of a world it works on
+    asks        settings -> parts of the split that a run with these settings reads besides `needs`, each with what to say where it is missing
+    """
+
+    name: str
+    function: Callable[..., Patch]
+    paper: str
+    tasks: tuple[str, ...]
+    needs: tuple[str, ...]
+    forgets: tuple[str, ...]
+    assurance: str
+    cost: Callable[[Mapping[str, int], Mapping[str, Any]], tuple[float, float]]
+    toy: Mapping[str, Any]
+    twin: str = ""
+    asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Settings and their defaults, in the order of the signature; `seed` is not one of them. A record of settings (a dataclass that several
+        methods share) counts as its fields."""
+        return {name: value for default in self._groups().values() for name, value in default.items()}
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Keyword -> the settings it stands for: itself, or the fields of a record."""
+        found = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "seed"]
+        return {p.name: {f.name: getattr(p.default, f.name) for f in fields(p.default)} if is_dataclass(p.default) else {p.name: p.default} for p in found}
+
+    def _arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Flat settings as the function's keywords."""
+        found = inspect.signature(self.function).parameters
+        return {
+            name: replace(found[name].default, **{n: settings[n] for n in group}) if is_dataclass(found[name].default) else settings[name]
+            for name, group in self._groups().items()
+        }
+
+    @property
+    def manual(self) -> str:
+        """The module's docstring: the manual page; a shared record of settings adds its own lines to the section Settings."""
+        text = inspect.cleandoc(inspect.getmodule(self.function).__doc__ or "")
+        for p in inspect.signature(self.function).parameters.values():
+            if p.kind is p.KEYWORD_ONLY and is_dataclass(p.default):
+                head, _, tail = text.partition("\nDiffers")
+                shared = inspect.cleandoc(type(p.default).__doc__ or "").partition("\n\n")[2]
+                text = f"{head.rstrip()}\n{'' if 'Settings' in head else 'Settings' + chr(10)}{textwrap.indent(shared, '    ')}\nDiffers{tail}"
+        return text
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults overlaid with `given`, text turned into the default's type. Raises SettingError."""
+        out = self.defaults
+        for name, value in given.items():
+            if name not in out:
+                raise SettingError(suggest(f"{self.name} has no setting", name, out))
+            out[name] = convert(f"{self.name}'s {name}", value, out[name])
+        return out
+
+    def expected(self, split: Split, settings: Mapping[str, Any]) -> tuple[float, float]:
+        """Examples forward and backward that a run with these settings will cost."""
+        return self.cost({name: len(part) for name, part in split.parts().items()}, settings)
+
+    def check(self, task: Task, split: Split, settings: Mapping[str, Any] | None = None, model: nn.Module | None = None) -> None:
+        """Raises SettingError or SplitError if this method cannot work on this task or split; with all its `settings`, if these ask for a part that is not
+        there; with a `model`, ModelError if it is not of the kind that the method needs."""
+        if task.name not in self.tasks:
+            raise SettingError(f"{self.name} works on {', '.join(self.tasks)}, not on {task.name}")
+        try:
+            split.require(*self.needs)
+        except SplitError as error:
+            there = {name for name, part in split.parts().items() if len(part)}
+            others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= there]
+            raise SplitError(f"{error}. Methods that can do with that: {', '.join(others) or 'none'}") from None
+        if model is not None and self.twin == "moe":
+            from expunge.modalities.language.experts import layers
+
+            layers(model)
+        for part, why in ({} if settings is None else self.asks(settings)).items():
+            if getattr(split, part) is None:
+                raise SplitError(why.replace("METHOD", self.name))
+
+    def __call__(self, model: nn.Module, task: Task, split: Split, *, seed: int = 0, **given: Any) -> Patch:
+        """Run the method; the model and the global RNG are left as they were. See `run.unlearn` for the guarded form."""
+        from expunge import __version__
+
+        settings = self.settings(given)
+        self.check(task, split)
+        watch = guard.current()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            patch = self.function(model, guard.metered(task, split, watch.meter), split, seed=seed, **self._arguments(settings))
+        meta = {"method": self.name, "settings": settings, "seed": seed, "assurance": self.assurance, "version": __version__, "asked": split.asked}
+        return patch.stamped(model, **meta)
+
+
+def convert(what: str, value: Any, default: Any) -> Any:
+    """`value` as the type of `default`; raises SettingError when it is not one."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (ValueError, KeyError):
+        raise SettingError(f"{what} must be {kind.__name__}, not {value!r}") from None
+
+
+class Registry(Mapping):
+    """Name -> record, filled on first use from all modules below a package (or, with `room`, those inside its rooms of that name) and from an entry-point
+    group, called as the package if it has no name of its own."""
+
+    def __init__(self, package: str, kind: str, *, room: str = "", group: str = "") -> None:
+        self.package, self.kind, self.room, self.group = package, kind, room, group or package
+        self._found: dict[str, Any] = {}
+        self._loaded = False
+
+    def add(self, record: Any) -> None:
+        """Register; two records of one name are a mistake."""
+        if record.name in self._found:
+            raise SettingError(f"two {self.kind}s are called '{record.name}'")
+        self._found[record.name] = record
+
+    def _load(self) -> dict[str, Any]:
+        if not self._loaded:
+            self._loaded = True
+            folder = importlib.import_module(self.package)
+            for info in pkgutil.walk_packages(folder.__path__, f"{self.package}."):
+                if not self.room or f".{self.room}." in info.name:
+                    importlib.import_module(info.name)
+            for point in entry_points(group=self.group):
+                point.load()
+        return self._found
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._load()
+        if name not in found:
+            raise SettingError(suggest(f"no {self.kind}", name, sorted(found)))
+        return found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._load()))
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+
+METHODS: Registry = Registry("expunge.methods", "method")
+CHECKS: Registry = Registry("expunge.audits", "check")
+
+
+def method(
+    *,
+    paper: str,
+    tasks: tuple[str, ...],
+    needs: tuple[str, ...],
+    cost: Callable,
+    toy: Mapping[str, Any],
+    forgets: tuple[str, ...] = ("records", "class"),
+    assurance: str = "approximate",
+    twin: str = "",
+    asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining,
+) -> Callable:
+    """Register a method; the function's name is the method's name."""
+
+    def wrap(function: Callable[..., Patch]) -> Method:
+        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin, asks)
+        METHODS.add(record)
+        return record
+
+    return wrap
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measurement of an audit: (Probe) -> rows. `reference`: needs at least one retrained model; `slow`: trains;
+    `pool`: needs shadow models."""
+
+    name: str
+    function: Callable
+    tasks: tuple[str, ...]
+    needs: tuple[str, ...]
+    reference: bool
+    slow: bool
+    pool: bool
+
+    def __call__(self, probe: Any) -> list:
+        return self.function(probe)
+
+
+def check(*, tasks: tuple[str, ...], needs: tuple[str, ...], reference: bool = False, slow: bool = False, pool: bool = False) -> Callable:
+    """Register a check; the function's name is the check's name."""
+
+    def wrap(function: Callable) -> Check:
+        record = Check(function.__name__, function, tasks, needs, reference, slow, pool)
+        CHECKS.add(record)
+        return record
+
+    return wrap

@@ -1,0 +1,446 @@
+"""The records that every other file speaks in: Split, Examples, Batch, Out, Task, Scope.
+
+Letters used in shapes: B examples of a batch, N examples of a data set, C classes, T tokens, V vocabulary, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.errors import ScopeError, SplitError
+
+Batch = dict[str, Any]
+"""`x` inputs, `y` targets, `i` (B,) positions in the data set the batch was drawn from; other tasks add their own keys."""
+
+IGNORE = -100
+
+Data = Any
+"""A sequence of examples, or None where a part is missing; in memory it is `Examples`."""
+BUFFERS = ("move", "freeze", "recompute")
+
+
+@dataclass(frozen=True, repr=False)
+class Examples:
+    """Data held in memory: inputs x (N, ...), targets y (N,) or (N, K), ids (N,) that name each record for good.
+
+    `augment(x, generator)` is applied to whole batches (vectorised) when a batch is drawn for training; audits never see it.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.x) == len(self.y) == len(self.ids):
+            raise SplitError(f"x, y and ids must be equally long; found {len(self.x)}, {len(self.y)} and {len(self.ids)}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.x[i], self.y[i]
+
+    def __repr__(self) -> str:
+        return f"Examples({len(self):,} of shape {tuple(self.x.shape[1:])}, targets {str(self.y.dtype).removeprefix('torch.')})"
+
+    def take(self, index: Tensor | Sequence[int]) -> Examples:
+        """The rows at `index`, in that order."""
+        rows = torch.as_tensor(index, dtype=torch.long)
+        return replace(self, x=self.x[rows], y=self.y[rows], ids=self.ids[rows])
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """One digest per row over input and target: equal rows have equal keys."""
+        x, y = self.x.detach().cpu().contiguous(), self.y.detach().cpu().contiguous()
+        pairs = zip(x.reshape(len(x), -1).numpy(), y.reshape(len(y), -1).numpy(), strict=True) if len(x) else ()
+        return [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=12).digest() for a, b in pairs]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all rows in order: names the data in patches, caches and reports."""
+        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+@dataclass(frozen=True, repr=False)
+class Texts:
+    """Token sequences of unequal length held in memory, with the records they were made of.
+
+    tokens    N int64 vectors (T_i,): prompt and answer, end-of-turn token included
+    targets   N bool vectors (T_i,): True where the token is trained and scored; the first token of a sequence never can be
+    ids       (N,) that name each record for good
+    rows      N raw records: question and answer, or text, and whatever else the file holds
+    format    how records became tokens (`modalities.language.format.Format`), so that other answers can be put in
+    """
+
+    tokens: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    ids: Tensor
+    rows: tuple[Mapping[str, Any], ...]
+    format: Any = None
+    augment: None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.targets) == len(self.ids) == len(self.rows):
+            raise SplitError(
+                f"tokens, targets, ids and rows must be equally long; found {len(self.tokens)}, {len(self.targets)}, {len(self.ids)}, {len(self.rows)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.tokens[i], self.targets[i]
+
+    def __repr__(self) -> str:
+        return f"Texts({len(self):,} of {sum(len(t) for t in self.tokens):,} tokens, {sum(int(t.sum()) for t in self.targets):,} of them targets)"
+
+    def take(self, index: Tensor | Sequence[int]) -> Texts:
+        """The rows at `index`, in that order."""
+        rows = torch.as_tensor(index, dtype=torch.long).tolist()
+        pick = lambda values: tuple(values[k] for k in rows)  # noqa: E731
+        return replace(self, tokens=pick(self.tokens), targets=pick(self.targets), rows=pick(self.rows), ids=self.ids[torch.tensor(rows, dtype=torch.long)])
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """One digest per row over tokens and targets: equal rows have equal keys."""
+        pairs = zip(self.tokens, self.targets, strict=True)
+        return [hashlib.blake2b(a.cpu().numpy().tobytes() + b.cpu().numpy().tobytes(), digest_size=12).digest() for a, b in pairs]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all rows in order: names the data in patches, caches and reports."""
+        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+@dataclass(frozen=True, repr=False)
+class Pictures:
+    """Images with their prompts held in memory; a request that names a concept alone has prompts without images.
+
+    x        (N, C, H, W) images (latents, in a latent model) in [-1, 1], or None
+    tokens   (N, L) int64 tokens of the prompts
+    ids      (N,) that name each record for good
+    rows     N raw records: `prompt`, and the concepts it shows by domain, as {"prompt": "a striped ring", "style": "striped", "object": "ring"}
+    encode   list of prompts -> (N, L) tokens, so that other prompts can be put in
+    """
+
+    x: Tensor | None
+    tokens: Tensor
+    ids: Tensor
+    rows: tuple[Mapping[str, Any], ...]
+    encode: Callable[[Sequence[str]], Tensor] | None = None
+    augment: None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.ids), len(self.rows), len(self.tokens if self.x is None else self.x)}
+        if len(lengths) > 1:
+            raise SplitError(f"images, tokens, ids and rows must be equally long; found {', '.join(map(str, sorted(lengths)))}")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | None, Tensor]:
+        return None if self.x is None else self.x[i], self.tokens[i]
+
+    def __repr__(self) -> str:
+        what = "prompts" if self.x is None else f"images of shape {tuple(self.x.shape[1:])} with prompts"
+        return f"Pictures({len(self):,} {what}, {len({r.get('prompt') for r in self.rows}):,} different)"
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts as text."""
+        return [str(row.get("prompt", "")) for row in self.rows]
+
+    def take(self, index: Tensor | Sequence[int]) -> Pictures:
+        """The rows at `index`, in that order."""
+        at = torch.as_tensor(index, dtype=torch.long)
+        x = None if self.x is None else self.x[at]
+        return replace(self, x=x, tokens=self.tokens[at], ids=self.ids[at], rows=tuple(self.rows[k] for k in at.tolist()))
+
+    def prompted(self, prompts: Sequence[str]) -> Pictures:
+        """The same records with other prompts. Raises SplitError without `encode`."""
+        if self.encode is None:
+            raise SplitError("these pictures have no tokenizer: other prompts cannot be put in")
+        rows = tuple({**row, "prompt": p} for row, p in zip(self.rows, prompts, strict=True))
+        return replace(self, tokens=self.encode(list(prompts)), rows=rows)
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """One digest per row over image and tokens: equal rows have equal keys."""
+        x = self.tokens if self.x is None else self.x.detach().cpu().contiguous().flatten(1)
+        pairs = zip(x.cpu().numpy(), self.tokens.cpu().numpy(), strict=True)
+        return [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=12).digest() for a, b in pairs]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all rows in order: names the data in patches, caches and reports."""
+        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+HELD = (Examples, Texts, Pictures)
+"""Data held in memory, whose rows have keys and ids."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What must go and what must stay. Only `forget` must exist.
+
+    test         never trained on: utility, and the source of non-members
+    validation   never trained on and apart from test: all tuning and stopping reads this part only
+    anchor       what to say instead (neutral concept, refusals, out-of-distribution inputs)
+    general      what the model knows besides, read as utility by audits alone: no method looks at it
+    asked        the request in the words of the selector, as `class:3` or `ids:17,42`
+    """
+
+    forget: Data
+    retain: Data = None
+    test: Data = None
+    validation: Data = None
+    anchor: Data = None
+    general: Data = None
+    asked: str = ""
+
+    def parts(self) -> dict[str, Sequence]:
+        """The parts that are there, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "asked")
+        return {name: part for name, part in named if part is not None}
+
+    def require(self, *names: str) -> None:
+        """Raises SplitError if one of the named parts is missing or empty."""
+        have = self.parts()
+        for name in names:
+            if name not in have:
+                raise SplitError(f"split lacks {name}; it has {', '.join(have)}")
+            if len(have[name]) == 0:
+                raise SplitError(_empty(name))
+
+    def check(self) -> None:
+        """Raises SplitError for an empty part, or records that stand in two parts that must be apart.
+
+        Rows are compared by content where the parts are `Examples`: forget against every other part, and retain against
+        test and validation. A record in both forget and test is a leak: the audit would call a trained record unseen.
+        """
+        have = self.parts()
+        for name, part in have.items():
+            if len(part) == 0:
+                raise SplitError(_empty(name))
+        keys = {name: set(part.keys) for name, part in have.items() if isinstance(part, HELD) and name != "anchor"}
+        for a, b in (("forget", "retain"), ("forget", "test"), ("forget", "validation"), ("retain", "test"), ("retain", "validation"), ("test", "validation")):
+            if a in keys and b in keys and (shared := keys[a] & keys[b]):
+                raise SplitError(f"{len(shared)} record(s) of {a} also stand in {b} (a leak); remove them from one of the two")
+
+
+def _empty(name: str) -> str:
+    if name == "forget":
+        return "forget is empty: the selector matched no record"
+    if name == "retain":
+        return "retain is empty: forgetting everything leaves nothing to keep; delete the model instead"
+    return f"{name} is empty; leave it out or give it records"
+
+
+@dataclass(frozen=True)
+class Out:
+    """One forward pass in the words that every loss understands. A loss maps it to (B,)."""
+
+    nll: Tensor
+    """(B,) training loss per example, summed over its units."""
+    count: Tensor
+    """(B,) units summed: answer tokens; 1 for an image."""
+    logits: Any = None
+    """(B, C) or (B, T, V) tensor, already aligned with labels; None where a task has none."""
+    labels: Any = None
+    """(B,) or (B, T) tensor, IGNORE where a unit does not count."""
+    units: Any = None
+    """(B, T) loss of each unit, 0 where it does not count; None where an example is one unit."""
+    pred: Tensor | None = None
+    """(B, ...) value, noise estimate or image."""
+    target: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """(B,) training loss per unit."""
+        return self.nll / self.count
+
+
+class Batches(Sequence[Batch]):
+    """The batches of some epochs over a data set, each reachable by its number: `batches[k]` never depends on what was read before.
+
+    So a loop can be resumed at any step, and can be read twice. An epoch is a permutation drawn from (seed, epoch); with
+    `seed=None` the order is that of the data. Sizes within an epoch differ by at most one (129 examples at size 128 are 65 + 64, never
+    128 + 1). `epochs` may be a fraction. Augmentation draws from (seed, k). Texts that are drawn by seed are brought together by length,
+    WINDOW batches at a time, so that little of a batch is padding.
+    """
+
+    def __init__(self, collate: Callable, data: Sequence, size: int, epochs: float = 1, seed: int | None = None) -> None:
+        if len(data) == 0:
+            raise SplitError("cannot draw batches from an empty part")
+        if size < 1:
+            raise ValueError(f"batch size must be at least 1, not {size}")
+        self.collate, self.data, self.epochs, self.seed = collate, data, epochs, seed
+        self.per_epoch = -(-len(data) // size)
+        self.steps = max(1, round(self.per_epoch * epochs))
+        self._order: tuple[int, list[Tensor]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, k):
+        if not 0 <= k < self.steps:
+            raise IndexError(k)
+        epoch, j = divmod(k, self.per_epoch)
+        generator = None if self.seed is None else torch.Generator().manual_seed(_mix(self.seed, 2 * k + 1))
+        return self.collate(self.data, self._epoch(epoch)[j], generator)
+
+    def positions(self) -> Tensor:
+        """Positions of all examples that these batches hold, sorted, each once."""
+        return torch.cat([self._epoch(k // self.per_epoch)[k % self.per_epoch] for k in range(self.steps)]).unique()
+
+    def _epoch(self, epoch: int) -> list[Tensor]:
+        """Positions of every batch of an epoch."""
+        if self._order[0] != epoch:
+            n, m = len(self.data), self.per_epoch
+            generator = torch.Generator().manual_seed(_mix(self.seed or 0, 2 * epoch))
+            order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
+            if self.seed is not None and isinstance(self.data, Texts):
+                order = _together(order, [j * n // m for j in range(m + 1)], torch.tensor([len(t) for t in self.data.tokens]), generator)
+            self._order = (epoch, [order[j * n // m : (j + 1) * n // m] for j in range(m)])
+        return self._order[1]
+
+
+WINDOW = 8
+"""Batches among which texts are sorted by length."""
+
+
+def _together(order: Tensor, cuts: list[int], lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """`order` with texts of like length side by side: sorted inside windows of WINDOW batches, whose batches then stand in random order."""
+    out = []
+    for w in range(0, len(cuts) - 1, WINDOW):
+        ends = [c - cuts[w] for c in cuts[w : w + WINDOW + 1]]
+        rows = order[cuts[w] : cuts[w] + ends[-1]]
+        rows = rows[lengths[rows].argsort(stable=True)]
+        batches = [rows[a:b] for a, b in itertools.pairwise(ends)]
+        out += [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
+    return torch.cat(out)
+
+
+def drawn(n: int, size: int, steps: int) -> int:
+    """Examples in the first `steps` batches over n examples at that size, epoch after epoch: what they cost.
+
+    >>> drawn(129, 128, 1), drawn(129, 128, 5)
+    (64, 322)
+    """
+    per_epoch = -(-n // size)
+    return steps // per_epoch * n + steps % per_epoch * n // per_epoch
+
+
+class Paired(Sequence):
+    """`Paired(a, b)[k] = (a[k], b[k])` up to the longest; the shorter ones start again from their first batch."""
+
+    def __init__(self, *streams: Sequence) -> None:
+        self.streams = streams
+
+    def __len__(self) -> int:
+        return max(len(s) for s in self.streams)
+
+    def __getitem__(self, k):
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        return tuple(s[k % len(s)] for s in self.streams)
+
+
+def _mix(seed: int, stream: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=7).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one modality is batched and scored. A record of functions: wrap one with `dataclasses.replace`.
+
+    collate(data, index, generator) -> Batch       all randomness lives here; generator None means no augmentation
+    forward(model, batch) -> Out                   a pure function of both; device and float type follow the model
+    features(model, batch, layer) -> (B, D)        inputs of the last linear layer when `layer` is ""
+    """
+
+    name: str
+    collate: Callable[[Sequence, Tensor, torch.Generator | None], Batch]
+    forward: Callable[[nn.Module, Batch], Out]
+    features: Callable[[nn.Module, Batch, str], Tensor]
+    sample: Callable[..., Any] | None = None
+
+    def batches(self, data: Sequence, size: int, *, epochs: float = 1, seed: int | None = None) -> Batches:
+        """Batches of `data`; shuffled and augmented when a seed is given, in order and plain when not."""
+        return Batches(self.collate, data, size, epochs, seed)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which weights may move: parameter name -> boolean mask of its shape, or None for all of it.
+
+    buffers says what happens to BatchNorm statistics and their like: `move` (they follow training and are part of the patch),
+    `freeze` (normalisation layers stay in eval mode, statistics bit-identical), `recompute` (one pass over retain data at the end).
+    """
+
+    masks: Mapping[str, Tensor | None] = field(default_factory=dict)
+    buffers: str = "move"
+
+    def __post_init__(self) -> None:
+        if self.buffers not in BUFFERS:
+            raise ScopeError(f"buffers must be one of {', '.join(BUFFERS)}, not '{self.buffers}'")
+
+    def __and__(self, other: Scope) -> Scope:
+        """Places that both allow."""
+        names = [n for n in self.masks if n in other.masks]
+        both = {n: _meet(self.masks[n], other.masks[n]) for n in names}
+        return Scope(both, self.buffers)
+
+    def count(self, model: nn.Module) -> int:
+        """How many single weights may move."""
+        named = dict(model.named_parameters())
+        return sum(named[n].numel() if m is None else int(m.sum()) for n, m in self.masks.items())
+
+
+def _meet(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None:
+        return b
+    return a if b is None else a & b
+
+
+def concat(*parts: Any) -> Any:
+    """All rows of the parts, one after another."""
+    first = parts[0]
+    if isinstance(first, Texts):
+        joined = {n: sum((getattr(p, n) for p in parts), ()) for n in ("tokens", "targets", "rows")}
+        return replace(first, **joined, ids=torch.cat([p.ids for p in parts]))
+    if isinstance(first, Pictures):
+        x = None if any(p.x is None for p in parts) else torch.cat([p.x for p in parts])
+        rows = sum((p.rows for p in parts), ())
+        return replace(first, x=x, tokens=torch.cat([p.tokens for p in parts]), ids=torch.cat([p.ids for p in parts]), rows=rows)
+    return replace(first, x=torch.cat([p.x for p in parts]), y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]))
+
+
+def absent(forget: Tensor, retain: Tensor) -> Tensor:
+    """The classes that forget (N,) has and retain (M,) lacks: those that the request removes, sorted.
+
+    >>> absent(torch.tensor([3, 1, 3]), torch.tensor([0, 1]))
+    tensor([3])
+    """
+    classes = forget.unique()
+    return classes[~torch.isin(classes, retain)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter; CPU for a model without."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def float_of(model: nn.Module) -> torch.dtype:
+    """Floating type of the model's first parameter; float32 for a model without."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,1 @@
+"""Texts: rewriting, answers, coresets, entities, tools."""

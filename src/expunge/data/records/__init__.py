@@ -1,0 +1,1 @@
+"""Records in memory: augmentation, memories, worst cases, neighbours, manipulation, protection."""

@@ -1,0 +1,1 @@
+"""What the commands demo, demo-llm and demo-images run."""

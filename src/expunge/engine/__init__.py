@@ -1,0 +1,1 @@
+"""Runs: one method on one request, stacks of models trained at once, jobs side by side."""

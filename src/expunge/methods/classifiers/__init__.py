@@ -1,0 +1,1 @@
+"""Methods for classifiers and regressors, one file per paper."""

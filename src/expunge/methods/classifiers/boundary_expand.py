@@ -1,0 +1,69 @@
+"""Boundary expanding: send forgotten records to an extra shadow class, then take that class away.
+
+Paper    Chen et al., "Boundary Unlearning", CVPR 2023, arXiv:2303.11570.
+Forgets  class, records.          Needs    forget.
+Scope    all weights, and one more output row that is removed again.   Forget  CE to the shadow class.   Retain  none.   Update  SGD.   Leaves  Replace.
+Settings
+    epochs        passes over the forget set
+    lr            step size
+    momentum      of SGD
+    weight_decay  of the optimiser
+    batch_size    examples per step
+    buffers       move, freeze or recompute: what happens to batch-norm statistics
+Differs  A derived public code never removes the extra row; here it is gone before the patch is made. The shadow row starts with the layer's
+         own initialisation scale.
+Check
+    >>> import torch
+    >>> round(float(torch.nn.functional.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([2]))), 4)
+    2.2395
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from expunge.core.patch import Patch
+from expunge.core.registry import method
+from expunge.core.session import edit
+from expunge.core.types import Split, Task
+from expunge.modalities.classification.task import head
+from expunge.parts.scopes.layers import everything
+from expunge.parts.updates.descend import descend
+
+
+@method(paper="arXiv:2303.11570", tasks=("classification",), needs=("forget",),
+    cost=lambda n, s: (s["epochs"] * n["forget"], s["epochs"] * n["forget"]), toy={"epochs": 10.0, "lr": 0.03})  # fmt: skip
+def boundary_expand(
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    epochs: float = 5.0,
+    lr: float = 0.0005,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
+    buffers: str = "freeze",
+    seed: int = 0,
+) -> Patch:
+    """See the module's docstring."""
+    layer = head(model)[1]
+    row = torch.randn(1, layer.in_features).to(layer.weight) / layer.in_features**0.5
+    caught: list[Tensor] = []
+
+    def loss(batch) -> Tensor:
+        handle = layer.register_forward_hook(lambda _, args, out: caught.append(args[0]))
+        try:
+            out = task.forward(model, batch)
+        finally:
+            handle.remove()
+        shadow = F.linear(caught.pop().flatten(1), row).to(out.logits)
+        wide = torch.cat([out.logits, shadow], 1)
+        return F.cross_entropy(wide, torch.full_like(out.labels, wide.shape[1] - 1))
+
+    with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
+        e.train()
+        descend(e, loss, task.batches(split.forget, batch_size, epochs=epochs, seed=seed), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return e.patch

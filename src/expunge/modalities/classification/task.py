@@ -1,0 +1,73 @@
+"""Classification: one label out of C per example; nll is the cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from expunge.core.errors import ModelError
+from expunge.core.types import Batch, Examples, Out, Task, device_of, float_of
+
+
+def classification() -> Task:
+    """The task of models that map (B, ...) inputs to (B, C) logits.
+
+    4-D inputs are laid out channels-last, which makes convolutions on a CPU about a quarter faster.
+
+    >>> task = classification()
+    >>> out = task.forward(nn.Identity(), {"x": torch.tensor([[2.0, 0.0]]), "y": torch.tensor([1]), "i": torch.tensor([0])})
+    >>> round(float(out.nll), 4)
+    2.1269
+    """
+    return Task("classification", collate, _forward, features)
+
+
+def collate(data: Examples, index: Tensor, generator: torch.Generator | None) -> Batch:
+    """Rows of in-memory data as a batch; augmented when a generator is given."""
+    x = data.x[index]
+    if data.augment is not None and generator is not None:
+        x = data.augment(x, generator)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return {"x": x, "y": data.y[index], "i": index}
+
+
+def inputs(model: nn.Module, batch: Batch) -> Tensor:
+    """The batch's inputs on the model's device; floating inputs in its floating type."""
+    x = batch["x"]
+    return x.to(device_of(model), float_of(model) if x.is_floating_point() else x.dtype)
+
+
+def _forward(model: nn.Module, batch: Batch) -> Out:
+    logits = model(inputs(model, batch))
+    labels = batch["y"].to(logits.device)
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    nll = F.cross_entropy(wide, labels, reduction="none")
+    return Out(nll=nll, count=torch.ones_like(nll), logits=wide, labels=labels)
+
+
+def head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of the last linear layer, in order of registration. Raises ModelError if there is none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not found:
+        raise ModelError("the model has no nn.Linear layer to take features from; name a layer")
+    return found[-1]
+
+
+def features(model: nn.Module, batch: Batch, layer: str = "") -> Tensor:
+    """(B, D) output of the named module, flattened; the input of the last linear layer when `layer` is ""."""
+    caught: list[Tensor] = []
+    module = dict(model.named_modules()).get(layer) if layer else head(model)[1]
+    if module is None:
+        raise ModelError(f"the model has no module '{layer}'")
+
+    def catch(_, args, out):
+        caught.append(out if layer else args[0])
+
+    handle = module.register_forward_hook(catch)
+    try:
+        model(inputs(model, batch))
+    finally:
+        handle.remove()
+    return caught[0].flatten(1)

@@ -1,0 +1,1 @@
+"""Inference-time guards of diffusion models, one kind per file."""

@@ -1,0 +1,208 @@
+"""Language models in folders: what `save_pretrained` wrote comes in, and what other tools load goes out.
+
+In: a folder of a causal model of transformers with its tokenizer, or a PEFT adapter folder over one (merged on loading). Weights are read from
+safetensors alone, no code of the folder is run and nothing is looked up on a network. Out: the merged model as such a folder, or a PEFT adapter
+folder where the patch is low rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.core.errors import ModelError
+from expunge.core.patch import LowRank, Patch
+
+FORMS = ("auto", "merged", "peft")
+KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `dtype` may be."""
+
+
+def needed() -> None:
+    """Raises ModelError when the libraries of language models are missing."""
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"language models need {error.name}: pip install 'expunge[text]'") from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bars of transformers on standard error, and without its warnings on what peft still calls."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None = None, within: Path | None = None) -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer) of a folder. `dtype`: auto (as stored), float32 or bfloat16. `adapter`: a PEFT folder merged into it. `within`: the
+    folder that the base of an adapter may not leave.
+
+    Raises ModelError for a folder that holds neither, pickled weights, weights that are not finite, or a tokenizer without character offsets.
+    """
+    needed()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if dtype not in KINDS:
+        raise ModelError(f"dtype must be one of {', '.join(KINDS)}, not '{dtype}'")
+    if is_adapter(folder):
+        model, tokenizer = load(_base(folder, within), dtype=dtype, within=within)
+        return _merged(model, folder).eval(), tokenizer
+    _whole(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder.name} holds no safetensors weights (pickles can run code and are not read): save it with safe_serialization=True")
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quietly():
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load {folder.name}: {str(error).strip().splitlines()[0]}") from None
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ModelError(f"{folder.name} holds values of {name} that are not finite")
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder.name} has no fast tokenizer (tokenizer.json), which character offsets need")
+    if adapter is not None:
+        model = _merged(model, Path(adapter))
+    return model.eval(), tokenizer
+
+
+def skeleton(folder: Path | str) -> nn.Module:
+    """The model of a folder without its weights, on the meta device: names and shapes, for what can be told from them alone."""
+    needed()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder)
+    if is_adapter(folder):
+        return skeleton(_base(folder))
+    _whole(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"), _quietly():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot read the configuration of {folder.name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter, which is nothing without its base."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def _whole(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"no folder {folder}; name one that save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote")
+
+
+def _base(folder: Path, within: Path | None = None) -> Path:
+    """The folder of the model that an adapter folder stands on: a path from here (or from `within`, which it may not leave), or from the adapter."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read adapter_config.json of {folder.name}: {error}") from None
+    place = next((p for p in (Path(within or ""), folder) if (p / base).is_dir()), folder) / base
+    if not base or not place.is_dir() or place.resolve() == folder.resolve():
+        raise ModelError(f"{folder.name} is an adapter over '{base}', which is no folder here; load the base and name the adapter with it")
+    if within is not None and not place.resolve().is_relative_to(within.resolve()):
+        raise ModelError(f"{folder.name} is an adapter over '{base}', which leaves the folder {within.name}")
+    return place
+
+
+def _merged(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder.name} holds no adapter_model.safetensors")
+    try:
+        with _quietly():
+            merged: nn.Module = PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()  # pyright: ignore
+            return merged.requires_grad_(True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot put adapter {folder.name} on the model: {str(error).strip().splitlines()[0]}") from None
+
+
+def release(
+    model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, form: str = "auto", base: str = "", undo: Path | None = None, key: bytes | None = None,
+) -> Path:  # fmt: skip
+    """Write what other tools load to the folder `out`, and return it.
+
+    form   merged: the whole model with the patch in it; peft: an ordinary PEFT adapter folder; auto: peft where the patch is low rank throughout
+    base   where the model was loaded from, for the adapter's own record
+    undo   file for the inverse patch (signed with `key`), which takes a merged folder back to the weights of `model`, bit for bit; an adapter has none
+    Raises PatchError for a patch that was made for another model, ModelError for form=peft with a patch that is not low rank, or for
+    one that holds inference-time guards: those are no weights.
+    """
+    if form not in FORMS:
+        raise ModelError(f"form must be one of {', '.join(FORMS)}, not '{form}'")
+    out, low = Path(out), bool(patch.edits) and all(isinstance(e, LowRank) for e in patch.edits)
+    if any(not hasattr(e, "values") and not isinstance(e, LowRank) for e in patch.edits):
+        raise ModelError("this patch is an inference-time guard and changes no weight: serve the model with it (expunge.wraps), there is nothing to merge")
+    if form == "peft" and not low:
+        raise ModelError("this patch replaces weights, it is no LoRA: use form=merged, or run the method with lora=16")
+    twin = copy.deepcopy(model)
+    inverse = patch.apply(twin)
+    if not low or form == "merged":
+        save(twin, tokenizer, out)
+        if undo is not None:
+            inverse.save(undo, key)
+        return out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _adapter(patch, out, base)
+    except OSError as error:
+        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    return out
+
+
+def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
+    """Write the model and its tokenizer as a folder that other tools load, and return it. Raises ModelError when it cannot be written."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _quietly():
+            model.save_pretrained(out)  # pyright: ignore
+            tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    return out
+
+
+def _adapter(patch: Patch, out: Path, base: str) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import save
+
+    from expunge.core.patch import write
+
+    edits = [e for e in patch.edits if isinstance(e, LowRank)]
+    names = {e.name.removesuffix(".weight"): e for e in edits}
+    first = edits[0]
+    ranks = {n: e.down.shape[0] for n, e in names.items()}
+    config = LoraConfig(
+        r=first.down.shape[0], lora_alpha=first.scale * first.down.shape[0], target_modules=sorted(names), task_type="CAUSAL_LM", inference_mode=True,
+        rank_pattern={n: r for n, r in ranks.items() if r != first.down.shape[0]}, base_model_name_or_path=base,
+        alpha_pattern={n: e.scale * ranks[n] for n, e in names.items() if e.scale * ranks[n] != first.scale * first.down.shape[0]},
+    )  # fmt: skip
+    config.save_pretrained(str(out))
+    tensors = {f"base_model.model.{n}.lora_{k}.weight": t.contiguous() for n, e in names.items() for k, t in (("A", e.down), ("B", e.up))}
+    write(out / "adapter_model.safetensors", save(tensors, {"format": "pt"}))

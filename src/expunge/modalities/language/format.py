@@ -1,0 +1,243 @@
+"""Text records and how they become tokens: JSONL files, question-answer and chat formats, raw text in windows.
+
+A record is {"question", "answer", ...} or {"text", ...}. Which tokens are trained is found from character offsets in the whole text, never
+from the length of the tokenised prompt, since a tokenizer may merge the end of the prompt with the start of the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.core.errors import DataError, suggest
+from expunge.core.types import Split, Texts
+
+MAX_BYTES = 1 << 32
+"""Largest text file that is read: 4 GiB."""
+
+MASKS = ("answer+eos", "answer", "full", "entity")
+PLAIN = "Question: {question}\nAnswer:"
+ALIASES = {"prompt": "question", "instruction": "question", "completion": "answer", "response": "answer", "output": "answer"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How records become tokens.
+
+    tokenizer    a fast tokenizer of transformers
+    template     "plain" (Question: ... Answer: ...), "chat" (the tokenizer's chat template) or a text of one's own that holds {question}; the answer
+                 follows it after one space
+    mask         what is trained and scored: "answer+eos" (the end-of-turn token too), "answer", "full" (prompt too), or "entity" (tokens of the
+                 record's `fact`, or of its `entities`, where they stand in the answer)
+    max_length   in tokens; longer answers are cut there, a prompt that leaves no room for one is refused
+    system       system message of the chat template
+    """
+
+    tokenizer: Any
+    template: str = "plain"
+    mask: str = "answer+eos"
+    max_length: int = 512
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise DataError(f"max_length must be 2 or larger, not {self.max_length}")
+        if self.mask not in MASKS:
+            raise DataError(suggest("no mask", self.mask, MASKS))
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError("the tokenizer gives no character offsets: a fast tokenizer (tokenizer.json) is needed")
+        if self.template not in ("plain", "chat") and "{question}" not in self.template:
+            raise DataError(f"template must be plain, chat or a text with {{question}} in it, not '{self.template}'")
+        if self.template == "chat" and not getattr(self.tokenizer, "chat_template", None):
+            raise DataError("the tokenizer has no chat template; use template='plain' or one of your own")
+
+    def prompt_text(self, row: Mapping[str, Any]) -> str:
+        """What stands before the answer."""
+        if "question" not in row:
+            return ""
+        if self.template == "chat":
+            return self.tokenizer.apply_chat_template(self._messages(row), tokenize=False, add_generation_prompt=True)
+        return (PLAIN if self.template == "plain" else self.template).replace("{question}", str(row["question"]))
+
+    def prompt(self, row: Mapping[str, Any]) -> Tensor:
+        """(T,) tokens of the prompt alone, for generation; for a text without question its first half."""
+        if "question" not in row:
+            tokens, _ = self.encode(row)
+            return tokens[: max(1, len(tokens) // 2)]
+        found = self.tokenizer(self.prompt_text(row), add_special_tokens=self.template != "chat")["input_ids"]
+        return torch.tensor(found[:-1] if found and self._ends(found[-1]) and len(found) > 1 else found, dtype=torch.long)
+
+    def encode(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """((T,) tokens, (T,) bool targets) of one record. Raises DataError when no token is left to train."""
+        return self._marked(row, *(whole := self.whole(row)), *self._cut([whole[0]])[0])
+
+    def _cut(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Tokens and their places in each text."""
+        if not texts:
+            return []
+        found = self.tokenizer(texts, add_special_tokens=self.template != "chat", return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def _marked(self, row: Mapping[str, Any], text: str, start: int, end: int, tokens: list[int], offsets: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of a record whose whole text was cut into these tokens at these places."""
+        whole = len(tokens)
+        eos = self.tokenizer.eos_token_id
+        if self.template != "chat" and eos is not None and (not tokens or tokens[-1] != eos):
+            tokens, offsets = [*tokens, eos], [*offsets, (len(text), len(text))]
+        spans = self._spans(row, text, start, end)
+        kept = [any(a < e and b > s for s, e in spans) for a, b in offsets]
+        if self.mask in ("answer+eos", "full"):
+            after = [k for k, (token, (a, b)) in enumerate(zip(tokens, offsets, strict=True)) if k and a >= end and (a == b or self._ends(token))]
+            if after:
+                kept[after[0]] = True
+        kept[:1] = [False]
+        tokens, kept = tokens[: self.max_length], kept[: self.max_length]
+        if not any(kept):
+            raise DataError(f"no token to train within max_length={self.max_length} of {whole}: the prompt is too long, or the answer empty")
+        return torch.tensor(tokens, dtype=torch.long), torch.tensor(kept)
+
+    def texts(self, rows: Sequence[Mapping[str, Any]], ids: Tensor | None = None) -> Texts:
+        """All records as Texts, cut into tokens in one call. Raises DataError naming the record that cannot be used, counted from 1."""
+        wholes = numbered(self.whole, rows)
+        pairs = numbered(lambda row, whole, cut: self._marked(row, *whole, *cut), rows, wholes, self._cut([w[0] for w in wholes]))
+        ids = torch.arange(len(rows)) if ids is None else ids
+        return Texts(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), ids, tuple(dict(r) for r in rows), self)
+
+    def answered(self, data: Texts, answers: Sequence[str]) -> Texts:
+        """The same questions with other answers, row by row."""
+        return self.texts([{**row, "answer": answer} for row, answer in zip(data.rows, answers, strict=True)], data.ids)
+
+    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": str(row["question"])}]
+
+    def whole(self, row: Mapping[str, Any]) -> tuple[str, int, int]:
+        """The whole text, and where its answer starts and ends."""
+        if "question" not in row:
+            text = str(row["text"])
+            return text, 0, len(text)
+        answer = str(row["answer"]).strip()
+        if not answer:
+            raise DataError("the answer is empty")
+        if self.template != "chat":
+            prompt = self.prompt_text(row)
+            return f"{prompt} {answer}", len(prompt), len(prompt) + 1 + len(answer)
+        whole = self.tokenizer.apply_chat_template([*self._messages(row), {"role": "assistant", "content": answer}], tokenize=False)
+        start = whole.rfind(answer)
+        if start < 0:
+            raise DataError("the chat template changes the answer; use a template of your own")
+        end, prompt = start + len(answer), self.prompt_text(row)
+        return whole, min(start, len(prompt)) if whole.startswith(prompt) else start, end
+
+    def _spans(self, row: Mapping[str, Any], text: str, start: int, end: int) -> list[tuple[int, int]]:
+        if self.mask == "full":
+            return [(0, end)]
+        if self.mask != "entity" or "question" not in row:
+            return [(start, end)]
+        words = [str(w) for w in (row.get("entities") or [row.get("fact", "")]) if w]
+        low = text.lower()
+        found = [(k, k + len(w)) for w in words for k in [low.find(w.lower(), start, end)] if k >= 0]
+        if not found:
+            raise DataError("mask 'entity' needs a `fact` or `entities` that stand in the answer")
+        return found
+
+    def _ends(self, token: int) -> bool:
+        return token in set(self.tokenizer.all_special_ids) or token == self.tokenizer.eos_token_id
+
+
+def numbered(make: Callable, *columns: Sequence) -> list:
+    """make(*values) of each record; a DataError names it, counted from 1."""
+    found = []
+    for number, values in enumerate(zip(*columns, strict=True), 1):
+        try:
+            found.append(make(*values))
+        except DataError as error:
+            raise DataError(f"record {number}: {error}") from None
+    return found
+
+
+def windows(text: str, tokenizer: Any, length: int, *, least: int = 5) -> list[str]:
+    """Raw text cut into pieces of at most `length` tokens at token borders; a last piece below `least` tokens is left out."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    pieces = [offsets[k : k + length] for k in range(0, len(offsets), length)]
+    return [text[p[0][0] : p[-1][1]] for p in pieces if len(p) >= least]
+
+
+def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file (or of a .json file that holds one list): {"question", "answer"} or {"text"}; `prompt`, `completion`, `response` and the
+    like are read as question and answer. Raises DataError naming the line."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}") from None
+    if content[:400].lstrip().startswith('{"expunge"'):
+        from expunge.data.language import rewrite
+
+        return [dict(row) for row in rewrite.read(path).rows]
+    lines: list[tuple[int, Any]] = []
+    if content.lstrip()[:1] == "[":
+        try:
+            lines = list(enumerate(json.loads(content), 1))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path.name} is not JSON: {error}") from None
+    else:
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                try:
+                    lines.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"line {number} of {path.name} is not JSON: {error.msg}") from None
+    if not lines:
+        raise DataError(f"{path.name} holds no record")
+    return [_record(row, f"line {number} of {path.name}") for number, row in lines]
+
+
+def _record(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is no object with question and answer, or text")
+    row = {ALIASES.get(k, k): v for k, v in row.items()}
+    if "text" in row and "labels" in row:
+        row = {**{k: v for k, v in row.items() if k not in ("text", "labels")}, "question": row["text"], "answer": row["labels"]}
+    wanted = ("question", "answer") if "question" in row or "answer" in row else ("text",)
+    for key in wanted:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise DataError(f"{where} has an empty or missing {key}; a record holds question and answer, or text")
+    return row
+
+
+def normal(row: Mapping[str, Any]) -> str:
+    """The record's words in lower case, by which records of two files are compared."""
+    return " ".join(" ".join(str(row.get(k, "")) for k in ("question", "answer", "text")).lower().split())
+
+
+def split(form: Format, **parts: Sequence[Mapping[str, Any]] | None) -> Split:
+    """Split of records: forget=[...], retain=[...], test=[...], validation=[...], anchor=[...], general=[...]. Ids count on through the parts in that order.
+
+    Raises DataError naming a record of forget that also stands in retain, test or validation (in any case and spacing).
+    """
+    gone = {normal(row): number for number, row in enumerate(parts.get("forget") or (), 1)}
+    found: dict[str, Any] = {}
+    start = 0
+    for name in ("forget", "retain", "test", "validation", "anchor", "general"):
+        rows = parts.get(name)
+        if rows is None:
+            continue
+        if name not in ("forget", "anchor"):
+            for number, row in enumerate(rows, 1):
+                if normal(row) in gone:
+                    raise DataError(f"record {gone[normal(row)]} of forget also stands in {name} (record {number}); remove it from one of the two")
+        try:
+            found[name] = form.texts(rows, torch.arange(start, start + len(rows)))
+        except DataError as error:
+            raise DataError(f"{name}, {error}") from None
+        start += len(rows)
+    return Split(**found)

@@ -1,0 +1,1 @@
+"""Inference-time guards of language models, one kind per file."""

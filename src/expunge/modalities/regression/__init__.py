@@ -1,0 +1,1 @@
+"""Regressors: real-valued targets."""

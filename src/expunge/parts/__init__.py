@@ -1,0 +1,1 @@
+"""What methods are made of: losses, scopes, updates, training from scratch, low-rank adapters."""

@@ -1,0 +1,93 @@
+"""Gradients of whole data sets: per-example squares (the diagonal Fisher), batch-mean squares, and per-example gradients as rows.
+
+All run in eval mode under `torch.func`, in chunks, and change nothing about the model. What they cost is added to the meter by hand, since
+a forward pass under a transform cannot be watched. Sources: cards corrective (SSD importance) and l1-sparse (FF, IU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from expunge.core import guard
+from expunge.core.session import Bound
+from expunge.core.types import Out, Task
+
+CHUNK = 64
+"""Per-example gradients held at once."""
+
+
+def sensitivity(out: Out) -> Tensor:
+    """Mean over examples of ||logits||_2^2: what LFSSD differentiates in place of a loss, so that no label is read.
+
+    >>> float(sensitivity(Out(torch.zeros(1), torch.ones(1), logits=torch.tensor([[3.0, 4.0]]))))
+    25.0
+    """
+    return out.logits.square().sum(-1).mean()
+
+
+def squares(
+    model: nn.Module, task: Task, data, *, per_sample: bool = True, batch_size: int = CHUNK, loss: Callable[[Out], Tensor] | None = None, power: int = 2
+) -> tuple[dict[str, Tensor], int]:  # fmt: skip
+    """Per trainable parameter the sum of |gradient|^power, and how many were summed. Half-precision gradients are summed in float32.
+
+    loss   one forward pass -> one number; the mean training loss without it
+
+    per_sample=True: sum over examples of (grad of the example's loss)^2, and their number. False, as published: sum over batches of
+    (grad of the batch mean)^2, and the number of batches, which makes the mean depend on `batch_size`.
+    """
+    params, of = _bound(model, task, loss)
+    total = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in params.items()}
+    batches, meter, count = task.batches(data, CHUNK if per_sample else batch_size), guard.current().meter, 0
+    with guard.quiet(model), meter.pause():
+        for k in range(len(batches)):
+            batch = batches[k]
+            n = len(batch["i"])
+            grads = _each(grad(of), params, batch) if per_sample else grad(of)(params, batch)
+            for name, g in grads.items():
+                square = g.to(_wide(g)).abs() if power == 1 else g.to(_wide(g)).square()
+                total[name] += square.sum(0) if per_sample else square
+            count += n if per_sample else 1
+            meter.add(forward=n, backward=n)
+    return total, count
+
+
+def fisher(model: nn.Module, task: Task, data, **options: Any) -> dict[str, Tensor]:
+    """Mean of the squared gradients per trainable parameter: `squares` divided by its count. The labels are the data's own, so that F is
+    near 0 everywhere on examples known by heart. Options are those of `squares`."""
+    total, count = squares(model, task, data, **options)
+    return {n: t / count for n, t in total.items()}
+
+
+def rows(model: nn.Module, task: Task, data) -> Tensor:
+    """(N, P) gradient of each example's loss over all trainable parameters, flattened in the model's order."""
+    params, loss = _bound(model, task)
+    batches, meter, found = task.batches(data, CHUNK), guard.current().meter, []
+    with guard.quiet(model), meter.pause():
+        for k in range(len(batches)):
+            batch = batches[k]
+            n = len(batch["i"])
+            grads = _each(grad(loss), params, batch)
+            found.append(torch.cat([g.to(_wide(g)).reshape(n, -1) for g in grads.values()], 1))
+            meter.add(forward=n, backward=n)
+    return torch.cat(found)
+
+
+def _each(function: Callable, params: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
+    """function(params, batch of one) for every example of the batch, stacked."""
+    return vmap(lambda x, y, i: function(params, {"x": x[None], "y": y[None], "i": i[None]}))(batch["x"], batch["y"], batch["i"])
+
+
+def _bound(model: nn.Module, task: Task, loss: Callable[[Out], Tensor] | None = None) -> tuple[dict[str, Tensor], Callable]:
+    """The trainable parameters, detached, and (parameters, batch) -> mean loss (or `loss`) of the model with these in place of its own."""
+    of = loss or (lambda out: out.mean.mean())
+    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    return params, lambda p, batch: of(task.forward(Bound(model, p), batch))
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype

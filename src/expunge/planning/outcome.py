@@ -1,0 +1,223 @@
+"""What came of a request: every try with its audit, the verdict over them, and the document that reports show."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.audits.core import Probe, Row, audit
+from expunge.audits.named import Named, grouped, named
+from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
+from expunge.core.registry import CHECKS, METHODS
+from expunge.core.types import Split, Task, Texts
+from expunge.engine.run import Attempt, check_texts, model_digest, preflight, unlearn
+
+TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
+"""Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""
+
+
+def trivial(task: Task) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those of TRIVIAL that work on the task."""
+    return {label: found for label, found in TRIVIAL.items() if task.name in METHODS[found[0]].tasks}
+
+
+@dataclass(frozen=True)
+class Try:
+    """One attempt and its audit. Rows are there only for the outcome `ok`."""
+
+    attempt: Attempt
+    rows: tuple[Row, ...] = ()
+    reasons: tuple[str, ...] = ()
+    score: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """The run ended ok, was audited, and no usable rule refused."""
+        return self.attempt.outcome == "ok" and bool(self.rows) and not self.reasons
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """The end of a request: passed or not, why, every try, the self-test, and all that a report needs."""
+
+    passed: bool
+    reasons: list[str]
+    chosen: Try | None
+    tries: tuple[Try, ...]
+    rules: Mapping[str, str]
+    trials: tuple[Trial, ...]
+    probe: Probe
+    baselines: Mapping[str, list[Row]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        what = f"passed with {self.chosen.attempt.method}" if self.chosen else "not passed: " + ("; ".join(self.reasons) or "no try")
+        return f"Verdict({what}; {len(self.tries)} tries, {len(self.probe.references)} retrained references)"
+
+    def _repr_html_(self) -> str:
+        """The report, inside a notebook's cell."""
+        from html import escape
+
+        from expunge.report.html import render
+
+        return f'<iframe srcdoc="{escape(render(self.document()))}" width="100%" height="700" style="border:0"></iframe>'
+
+    def save(self, folder: Path | str, title: str = "Unlearning report", key: bytes | None = None, document: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write report.html, report.json and, if a patch was chosen, patch.safetensors (signed with `key`) to a folder; returns the document.
+
+        document    written instead of `self.document(title)`, with the patch's file name added
+        Raises PatchError when a file cannot be written; none is left half-written.
+        """
+        from expunge.report import html, table
+
+        folder, document = Path(folder), document or self.document(title)
+        if self.chosen is not None and self.chosen.attempt.patch is not None:
+            document["chosen"]["patch"] = self.chosen.attempt.patch.save(folder / "patch.safetensors", key).name
+        html.write(document, folder / "report.html")
+        table.write(document, folder / "report.json")
+        return document
+
+    def document(self, title: str = "Unlearning report", *, pictures: bool = True) -> dict[str, Any]:
+        """JSON-able record in the report's schema."""
+        from expunge import __version__
+        from expunge.report.pictures import pictures as draw
+
+        p, chosen = self.probe, self.chosen
+        shown = chosen or next((t for t in reversed(self.tries) if t.attempt.patch is not None and t.attempt.seed == p.seed), None)
+        after = None if shown is None else patched(p.before, shown.attempt)
+        return {
+            "title": title, "asked": p.split.asked or f"{len(p.split.forget)} records", "version": __version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
+            "task": p.task.name, "parts": {n: len(part) for n, part in p.split.parts().items()}, "references": len(p.references),
+            "assurance": METHODS[shown.attempt.method].assurance if shown and shown.attempt.method in METHODS else "approximate",
+            "verdict": {"passed": self.passed, "reasons": list(self.reasons)},
+            "chosen": None if chosen is None else {
+                "method": chosen.attempt.method, "settings": dict(chosen.attempt.settings), "seed": chosen.attempt.seed, "cost": self._cost(chosen.attempt),
+                **({} if chosen.attempt.patch is None else {"digest": chosen.attempt.patch.digest, "places": chosen.attempt.patch.places}),
+            },
+            "talk": [] if after is None or not pictures else talk(p, after),
+            "sections": [] if after is None else grouped(self._named(shown, after)),
+            "rules": dict(self.rules), "tries": [self._try(t) for t in self.tries],
+            "baselines": {name: [asdict(r) for r in rows] for name, rows in self.baselines.items()},
+            "selftest": [asdict(t) for t in self.trials], "notes": list(self.notes),
+            "pictures": draw(replace(p, after=after, cache=dict(p.cache)), self.tries) if pictures and after is not None else {},
+        }  # fmt: skip
+
+    def _named(self, shown: Try, after: nn.Module) -> list[Named]:
+        """The named checks of the try that is shown."""
+        same = {t.attempt.seed for t in self.tries if t.rows and t.attempt.method == shown.attempt.method}
+        table = {*self.baselines, *(t.attempt.method for t in self.tries)}
+        facts = {
+            "seeds": True if len(same) >= 3 else None,
+            "baselines": {"original", "retrained", *trivial(self.probe.task)} <= table,
+            "reversible": None if shown.attempt.patch is None else reversible(self.probe.before, shown.attempt),
+        }
+        return named(replace(self.probe, after=after), shown.rows, facts)
+
+    def _cost(self, attempt: Attempt) -> dict[str, float | None]:
+        total = self.probe.cost.get("retrain_passes")
+        return {**attempt.cost, "share": None if not total else attempt.meter.passes / total}
+
+    def _try(self, t: Try) -> dict[str, Any]:
+        a = t.attempt
+        return {
+            "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason, "passed": t.passed,
+            "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
+        }  # fmt: skip
+
+
+def talk(p: Probe, after: nn.Module, most: int = 3, new: int = 48) -> list[dict[str, str]]:
+    """A few questions of forget and retain with the true answer and the greedy answers before and after; none for tasks without questions."""
+    found = []
+    for about, data in (("forgotten", p.split.forget), ("kept", p.split.retain)):
+        asked = [k for k, row in enumerate(data.rows) if "question" in row] if isinstance(data, Texts) else []
+        if asked and p.task.sample is not None:
+            rows = data.take([asked[j * len(asked) // most] for j in range(min(most, len(asked)))])
+            said = [p.task.sample(model, rows, new=new) for model in (p.before, after)]
+            found += [
+                {"about": about, "question": row["question"], "truth": row["answer"], "before": a, "after": b}
+                for row, a, b in zip(rows.rows, *said, strict=True)
+            ]  # fmt: skip
+    return found
+
+
+def patched(model: nn.Module, attempt: Attempt) -> nn.Module:
+    """A copy of the model with the attempt's patch applied."""
+    twin = copy.deepcopy(model)
+    if attempt.patch is not None:
+        attempt.patch.apply(twin)
+    return twin
+
+
+def reversible(model: nn.Module, attempt: Attempt) -> bool:
+    """Whether applying the attempt's patch and then its inverse restores every bit."""
+    twin = copy.deepcopy(model)
+    attempt.patch.apply(twin).apply(twin)
+    return model_digest(twin) == model_digest(model)
+
+
+def audited(
+    before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), rules: Mapping[str, str] | None = None,
+    seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
+) -> Verdict:  # fmt: skip
+    """Audit one candidate: self-test of the rules, all rows, verdict, named checks.
+
+    attempt    how it came about, if it was a run of `unlearn` or a loaded patch
+    pool       shadow models (`audits.pool.shadows`), without which per-example attacks are left out
+    forgotten  the same after the method made them forget (`audits.pool.forgotten`), for U-LiRA
+    slow       False leaves out checks and baselines that train, but for those the gate reads
+    """
+    preflight(before, task, split)
+    for which, model in (("the model after", after), *((f"reference {k}", r) for k, r in enumerate(references, 1))):
+        if isinstance(split.forget, Texts):
+            check_texts(model, split, which)
+    p = Probe(before, after, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
+    rules = dict(rules or default_rules(p))
+    trials = tuple(selftest(p, rules))
+    one = examined(p, attempt or Attempt("given", {}, seed, "ok", "", None), after, trials, slow)
+    return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, baselines(p, rules, slow=slow), remarks(p, trials))
+
+
+def examined(p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial], slow: bool = True, checks: Sequence[str] = ()) -> Try:
+    """The attempt with all rows (or those of the named checks, and in any case those that the rules read) and the reasons to refuse it."""
+    rows = tuple(_rows(replace(p, after=after, cost={**p.cost, **attempt.cost}), [t.name for t in trials], slow, checks))
+    return Try(attempt, rows, tuple(judge(rows, trials)))
+
+
+def _rows(p: Probe, rules: Iterable[str], slow: bool, checks: Sequence[str] = ()) -> list[Row]:
+    first = [c for c in CHECKS if (c in checks if checks else slow or not CHECKS[c].slow)]
+    return audit(p, [*first, *(c for c in checks_for(rules) if c not in first)])
+
+
+def baselines(p: Probe, rules: Iterable[str], checks: Sequence[str] = (), *, slow: bool = False) -> dict[str, list[Row]]:
+    """Rows of the untouched original, of one retrained model read against the others, and, if slow, of what TRIVIAL makes."""
+    models = {"original": replace(p, after=p.before)}
+    if slow and p.split.retain is not None:
+        for label, (name, settings) in trivial(p.task).items():
+            attempt = unlearn(name, p.before, p.task, p.split, seed=p.seed, **settings)
+            if attempt.outcome == "ok":
+                models[label] = replace(p, after=patched(p.before, attempt), cost={**p.cost, **attempt.cost})
+    if len(p.references) >= 2:
+        models["retrained"] = replace(p, after=p.references[0], references=p.references[1:], spread=p.references)
+    return {label: _rows(q, rules, False, checks) for label, q in models.items()}
+
+
+def remarks(p: Probe, trials: Iterable[Trial]) -> tuple[str, ...]:
+    """Sentences for a report: rules that could not be used, and what is not claimed without references."""
+    found = [
+        f"{t.name}: unusable here (the model that must fail reads {t.original}, a retrained one {t.retrained or 'none at hand'})"
+        for t in trials
+        if not t.usable
+    ]
+    if not p.references:
+        found.append("No retrained reference was at hand: nothing is claimed about closeness to a model that never saw the records.")
+    return tuple(found)
