@@ -15,10 +15,10 @@ import time
 
 import torch
 
+from expunge.core.edits import Replace
 from expunge.core.guard import quiet
-from expunge.core.patch import Replace
 from expunge.core.session import scratch
-from expunge.core.types import Pictures, Split
+from expunge.core.types import Split
 from expunge.engine.run import peak, unlearn
 from expunge.methods.diffusion import uce
 from expunge.methods.diffusion.esd import negated
@@ -27,6 +27,7 @@ from expunge.modalities.diffusion.pipelines import quietly
 from expunge.modalities.diffusion.task import Schedule, diffusion, draw, states
 from expunge.modalities.diffusion.tiny import Diffusion, diffusion_model
 from expunge.modalities.diffusion.trajectory import squared
+from expunge.modalities.pictures import Pictures
 from expunge.modalities.worlds import world
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.descend import optimiser

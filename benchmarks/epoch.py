@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from expunge.core.session import edit
-from expunge.core.types import Examples, Scope
+from expunge.core.types import Scope
 from expunge.data.records.augment import crop_flip
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.nets import resnet20
 from expunge.parts.losses import nll, random_labels, relabel
 from expunge.parts.updates.descend import alternate

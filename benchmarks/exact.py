@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.audits.stats import wilson
-from expunge.core.types import Examples
 from expunge.guarantees.exact.design import Design, s3t, safe, sisa
 from expunge.guarantees.exact.ensemble import fit
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.worlds import world
 from expunge.parts import training
 

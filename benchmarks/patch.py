@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core.patch import Patch, Replace
+from expunge.core.edits import Replace
+from expunge.core.patch import Patch
 
 
 def clocked(call: Callable[[], Any]) -> tuple[Any, float, float]:

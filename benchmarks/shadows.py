@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from expunge.audits import pool
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
 from expunge.engine import stacked
 from expunge.modalities import nets
+from expunge.modalities.examples import Examples
 from expunge.modalities.worlds import world
 from expunge.parts import training
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from expunge.core.types import Examples
 from expunge.engine import stacked
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.parts import training
 
 RECIPE = {"batch_size": 64, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
 
-from expunge.core.types import Examples, Split, Task
+from expunge.core.types import Split, Task
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 
 settings.register_profile(
     "expunge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

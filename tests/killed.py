@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from expunge.core.types import Examples
 from expunge.guarantees.exact.design import s3t, safe, sisa
 from expunge.guarantees.exact.ensemble import fit, load
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 
 DESIGNS = {
     "sisa": sisa(shards=3, slices=2, epochs=6), "sisa-detach": sisa(shards=3, slices=3, epochs=6, detach=True), "safe": safe(shards=4, epochs=6),

@@ -10,9 +10,10 @@ import torch
 from worlds import digits, retrained
 
 from expunge.audits import distance, stats, utility
-from expunge.audits.core import Probe, Row, Scores, audit, bounds, gate
+from expunge.audits.core import Probe, Row, audit, bounds, gate
 from expunge.audits.membership import losses as membership
 from expunge.core.errors import GateError
+from expunge.parts.reading import Scores
 from expunge.report import html, table
 
 

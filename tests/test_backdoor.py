@@ -14,12 +14,13 @@ from expunge.audits.records.backdoor import corrected, trigger
 from expunge.audits.records.umd import Detection, core_periphery, deviation, perturbations, rating, theta, transfers, umd
 from expunge.audits.stats import wilson
 from expunge.core.errors import ScopeError, SettingError, SplitError
-from expunge.core.types import IGNORE, Examples, Out, Split
+from expunge.core.types import IGNORE, Out, Split
 from expunge.data.records.expose import collapse, expose, gated, lowest, recover, sample, silence
 from expunge.data.records.manipulate import Manipulated, added, confuse, corner, deranged, mislabel, poison
 from expunge.engine.run import unlearn
 from expunge.methods.classifiers.ebyd import ebyd
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.worlds import world
 from expunge.parts import training
 from expunge.parts.losses import ascent

@@ -14,11 +14,11 @@ from worlds import digits, original
 from expunge.cli import app as cli
 from expunge.core.errors import DataError, ModelError, RecipeError, SettingError, SplitError
 from expunge.core.patch import difference
-from expunge.core.types import Examples
 from expunge.data import selectors
 from expunge.engine.run import unlearn
 from expunge.modalities import models
 from expunge.modalities import readers as load
+from expunge.modalities.examples import Examples
 from expunge.planning import recipe
 
 FACTORY = "import functools\nfrom expunge.modalities.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"

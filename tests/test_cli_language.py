@@ -19,7 +19,8 @@ import torch
 from worlds import copied, small
 
 from expunge.cli import app as cli
-from expunge.core.patch import Hook, Patch, difference
+from expunge.core.edits import Hook
+from expunge.core.patch import Patch, difference
 from expunge.core.registry import METHODS
 from expunge.modalities.language import checkpoints, tiny
 from expunge.modalities.language import format as text

@@ -19,13 +19,14 @@ from torch import nn
 
 from expunge.audits.stats import wilson
 from expunge.core.errors import Diverged, ModelError, PatchError, SettingError, SplitError, StoreError
-from expunge.core.types import Examples, Out
+from expunge.core.types import Out
 from expunge.data.records.memory import Memory
 from expunge.guarantees.exact import clpu
 from expunge.guarantees.exact import store as stores
 from expunge.guarantees.exact.clpu import Clpu, begin, learning, load, replayed, restricted
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.regression.task import regression
 
 TASK = classification()

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from expunge.core.errors import DataError, ScopeError, SettingError, SplitError
 from expunge.core.registry import METHODS
 from expunge.core.session import scratch
-from expunge.core.types import Examples, Out
+from expunge.core.types import Out
 from expunge.data.records.memory import FisherSum, Memory
 from expunge.guarantees import streams as continual
 from expunge.guarantees.streams import Course, Request, play, read, schedule
 from expunge.methods.classifiers.gs_lora import adapted, alive, bounded, divergence, group_norm, shrink
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.parts.losses.continual import der, derpp, ewc, lwf
 from expunge.parts.updates import episodic
 from expunge.parts.updates.combine import combine

@@ -11,20 +11,22 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state, toy
 
-from expunge.audits.core import Probe, audit, score
+from expunge.audits.core import Probe, audit
 from expunge.audits.pictures.zero_shot import recalled
 from expunge.core import guard
 from expunge.core.errors import ModelError, ScopeError, SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Out, Pictures
+from expunge.core.types import Out
 from expunge.engine.run import unlearn
 from expunge.methods.others import slug
 from expunge.modalities.contrastive import worlds as clips
 from expunge.modalities.contrastive.task import contrastive, images, info_nce, texts
 from expunge.modalities.contrastive.tiny import clip_model
 from expunge.modalities.diffusion.task import diffusion, emptied
+from expunge.modalities.pictures import Pictures
 from expunge.modalities.worlds import world
+from expunge.parts.reading import score
 from expunge.parts.scopes.pareto import matrices
 from expunge.parts.scopes.saliency import gradient_sum
 from expunge.parts.training import fresh

@@ -13,18 +13,21 @@ from worlds import copied, same, small, state, toy, trained
 
 from expunge.audits.core import Probe, audit, gate
 from expunge.audits.pictures import canvas, prompt_attack
+from expunge.core.digest import model_digest
+from expunge.core.edits import LowRank
 from expunge.core.errors import DataError, ModelError, ScopeError, SettingError, SplitError
 from expunge.core.guard import Guard
-from expunge.core.patch import LowRank
 from expunge.core.registry import METHODS
-from expunge.core.types import Pictures, device_of
-from expunge.engine.run import model_digest, unlearn
+from expunge.core.types import device_of
+from expunge.engine.run import unlearn
 from expunge.methods.diffusion import esd, rece, uce
+from expunge.modalities import judge as judged
 from expunge.modalities.diffusion import attacks
 from expunge.modalities.diffusion import worlds as pictures
 from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, cosine, diffusion, draw, emptied, predict, states
 from expunge.modalities.diffusion.tiny import Words, words
 from expunge.modalities.diffusion.trajectory import counterparts, distinct, pool, under
+from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.ridge import Ridge, residual
 from expunge.planning.outcome import patched
@@ -416,7 +419,7 @@ def test_a_generator_of_one_step_has_no_noise_loss_to_read(monkeypatch):
         assert "redirection.left is nan" in gate(rows, {"redirection.left": "<= 0.25"})[0]
     bare = audit(Probe(model, one, task, replace(split, retain=None)), ["redirection"])
     assert [r.name for r in bare] == ["redirection.left"]
-    judge = canvas.Judge({"object": ("seven", "eight")}, {"object": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, {})
+    judge = judged.Judge({"object": ("seven", "eight")}, {"object": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))}, {})
     for name in ("soft", "words", "search"):
         monkeypatch.setitem(prompt_attack.ATTACKS, name, lambda m, *_: torch.tensor([1, 2]) if m is model else pytest.fail("searched"))
     rows = {r.name: r for r in audit(Probe(model, one, replace(task, judge=lambda: judge), split), ["prompt_attack"])}
@@ -428,11 +431,11 @@ def test_a_generator_of_one_step_has_no_noise_loss_to_read(monkeypatch):
 
 def test_a_request_erases_one_concept():
     _, _, split = small("diffusion")
-    assert canvas.target(split, ["object"]) == ("object", "seven")
+    assert judged.target(split, ["object"]) == ("object", "seven")
     with pytest.raises(SettingError, match="erases 0 concepts"):
-        canvas.target(replace(split, forget=split.retain), ["object"])
+        judged.target(replace(split, forget=split.retain), ["object"])
     with pytest.raises(SettingError, match="the judge knows object, not 'style'"):
-        canvas.Judge({"object": ("a",)}, {"object": nn.Identity()}, {}).says(torch.zeros(1, 1), "style")
+        judged.Judge({"object": ("a",)}, {"object": nn.Identity()}, {}).says(torch.zeros(1, 1), "style")
 
 
 @pytest.mark.slow

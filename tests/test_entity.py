@@ -9,8 +9,8 @@ import pytest
 import torch
 from worlds import copied, same, small, state
 
+from expunge.core.edits import LowRank
 from expunge.core.errors import DataError, SettingError
-from expunge.core.patch import LowRank
 from expunge.core.registry import METHODS
 from expunge.core.session import scratch
 from expunge.core.types import Out

@@ -15,16 +15,18 @@ from worlds import digits, retrained
 
 from expunge.audits import named, pool, power
 from expunge.audits.attacks import restore
-from expunge.audits.core import Probe, Row, audit, gate, score
+from expunge.audits.core import Probe, Row, audit, gate
 from expunge.audits.membership import attacks, competition, epsilon
 from expunge.audits.stats import auc, wilson
 from expunge.core.errors import ModelError, SettingError
-from expunge.core.types import Examples, Split
+from expunge.core.types import Split
 from expunge.data.records import worst
 from expunge.engine import stacked
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
-from expunge.parts import training
+from expunge.modalities.examples import Examples
+from expunge.parts import reading, training
+from expunge.parts.reading import score
 
 
 def points(n: int = 200, seed: int = 0) -> Examples:
@@ -54,7 +56,7 @@ def test_stacked_training_ends_where_each_model_ends_alone(build, shape, chunk):
     for a, b in zip(alone, together, strict=True):
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
             torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-4)
-    each = torch.stack([training.outputs(m, classification(), data) for m in together])
+    each = torch.stack([reading.outputs(m, classification(), data) for m in together])
     torch.testing.assert_close(stacked.logits(together, classification(), data), each, atol=1e-5, rtol=1e-4)
 
 

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from killed import CUTS, deletions, sample
 from torch import nn
 
-from expunge.audits.core import score
 from expunge.core.errors import DataError, ModelError, ScopeError, SettingError, SplitError, StoreError
-from expunge.core.types import Examples
 from expunge.guarantees.exact import layout
 from expunge.guarantees.exact.adapters import start
 from expunge.guarantees.exact.capacity import costs
@@ -30,6 +28,8 @@ from expunge.guarantees.exact.proof import read
 from expunge.guarantees.exact.store import Store
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 
 TASK = classification()
 SMALL = {

@@ -10,17 +10,18 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state, toy
 
-from expunge.audits.core import Probe, audit, score
+from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import gan as audit_of_gans
 from expunge.core.errors import ModelError, SettingError, SplitError
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples
 from expunge.engine.run import unlearn
 from expunge.methods.others import adapt_then_unlearn as atu
+from expunge.modalities.examples import Examples
 from expunge.modalities.gan import worlds as gans
 from expunge.modalities.gan.task import TURNS, draw, gan, half, latents, parzen
 from expunge.modalities.gan.tiny import Conv, gan_model, scaled
 from expunge.parts import training
+from expunge.parts.reading import score
 
 
 def data(n: int = 12, side: int = 8) -> Examples:

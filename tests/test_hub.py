@@ -15,7 +15,9 @@ from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import canvas, coverage, hub
 from expunge.core.errors import DataError, SettingError
 from expunge.core.registry import METHODS
-from expunge.core.types import Pictures, Split
+from expunge.core.types import Split
+from expunge.modalities import judge as judged
+from expunge.modalities.pictures import Pictures
 from expunge.parts.training import fresh
 
 STYLES, OBJECTS = ("a", "b", "c"), ("x", "y")
@@ -64,7 +66,7 @@ class Painter(nn.Module):
         return torch.stack(out)
 
 
-def judge() -> canvas.Judge:
+def judge() -> judged.Judge:
     """Reads the one-hot pixels; its features are the image."""
     models = {}
     for domain, at in (("style", (0, 1, 2)), ("object", (3, 4))):
@@ -72,7 +74,7 @@ def judge() -> canvas.Judge:
         with torch.no_grad():
             net[1].weight.copy_(torch.eye(6)[list(at)])
         models[domain] = net
-    return canvas.Judge({"style": STYLES, "object": OBJECTS}, models, {"style": torch.tensor([True]), "object": torch.tensor([True])})
+    return judged.Judge({"style": STYLES, "object": OBJECTS}, models, {"style": torch.tensor([True]), "object": torch.tensor([True])})
 
 
 def world(after: str, before: str = "plain", **given: Any) -> Probe:
@@ -131,7 +133,7 @@ def test_doing_nothing_reads_as_nothing():
 def test_what_is_not_there_has_no_row():
     """One domain has no other concepts in its prompts; without test there are no other names, without images nothing real; without a judge nothing at all."""
     one = judge()
-    one = canvas.Judge({"style": STYLES}, {"style": one.models["style"]}, {"style": one.right["style"]})
+    one = judged.Judge({"style": STYLES}, {"style": one.models["style"]}, {"style": one.right["style"]})
     seen = found(
         world("erased", judge=lambda: one, test=None, forget=cut(rows("a"), 7, False), retain=cut(rows("bc"), 60, False)), "hub", "coverage", "nearest"
     )

@@ -15,12 +15,13 @@ from expunge.audits.core import Probe, audit
 from expunge.audits.pictures.reconstruction import closed, groups, unfilled, worst
 from expunge.core.errors import ModelError, ScopeError, SettingError, SplitError
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples
 from expunge.engine.run import unlearn
 from expunge.methods.others import i2i, mri_erase
+from expunge.modalities.examples import Examples
 from expunge.modalities.image_to_image.task import crop, fourier, image_to_image, psnr
 from expunge.modalities.worlds import world
-from expunge.parts.training import features, fresh
+from expunge.parts.reading import features
+from expunge.parts.training import fresh
 
 CORRUPTIONS = {"crop": crop(5), "centre": crop(4, where="centre"), "fourier": fourier(4, 1, consistent=True)}
 

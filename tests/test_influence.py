@@ -17,10 +17,11 @@ from worlds import same, state
 from expunge.audits.influence import losses, untrac
 from expunge.core import guard
 from expunge.core.errors import Diverged, SettingError, SplitError
-from expunge.core.types import Examples, Out, Task, concat
+from expunge.core.types import Out, Task, concat
 from expunge.engine import stacked
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.regression.task import regression
 from expunge.modalities.worlds import world
 from expunge.parts.scopes.layers import match

@@ -13,13 +13,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from expunge.audits.core import Probe, audit
-from expunge.audits.pictures import canvas, judges
+from expunge.audits.pictures import canvas
 from expunge.audits.verdict import default_rules
 from expunge.cli.app import app
 from expunge.core.errors import DataError, ExpungeError, ModelError, SettingError
 from expunge.engine import run
 from expunge.engine.run import unlearn
-from expunge.modalities.diffusion import pipelines, tiny_pipeline
+from expunge.modalities.diffusion import judges, pipelines, tiny_pipeline
 from expunge.modalities.diffusion import request as images
 from expunge.parts.training import fresh
 from expunge.report import images as shown

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
+from expunge.core.edits import LowRank
 from expunge.core.errors import DataError, ModelError, ScopeError, SettingError, SplitError
-from expunge.core.patch import LowRank
 from expunge.core.registry import METHODS
-from expunge.core.types import IGNORE, Batches, Split, Texts, concat
+from expunge.core.types import IGNORE, Batches, Split, concat
 from expunge.engine.run import unlearn
 from expunge.methods.language.npo import npo
-from expunge.modalities.language import authors, checkpoints, remember, tiny
+from expunge.modalities.language import authors, checkpoints, readers, remember, tiny
 from expunge.modalities.language import format as text
 from expunge.modalities.language.format import Format
 from expunge.modalities.language.task import blocks, buckets, features, generate, hidden, padded
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Scored, Tuning, tune
 from expunge.parts.losses import language as losses
 from expunge.parts.scopes.lora import lora, off
@@ -104,14 +105,14 @@ def test_bad_records_are_named(tokenizer, row, options, message):
 def test_jsonl_errors_name_the_line(tmp_path, content, message):
     (tmp_path / "f.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
-        text.read_jsonl(tmp_path / "f.jsonl")
+        readers.read_jsonl(tmp_path / "f.jsonl")
 
 
 def test_jsonl_reads_other_names_and_lists(tmp_path):
     (tmp_path / "f.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"text": "c d"}\n')
-    assert text.read_jsonl(tmp_path / "f.jsonl") == [{"question": "a", "answer": "b"}, {"text": "c d"}]
+    assert readers.read_jsonl(tmp_path / "f.jsonl") == [{"question": "a", "answer": "b"}, {"text": "c d"}]
     (tmp_path / "f.json").write_text(json.dumps([{"text": "who", "labels": "me"}]))
-    assert text.read_jsonl(tmp_path / "f.json") == [{"question": "who", "answer": "me"}]
+    assert readers.read_jsonl(tmp_path / "f.json") == [{"question": "who", "answer": "me"}]
 
 
 def test_forget_text_in_retain_is_named(tokenizer):

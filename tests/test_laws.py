@@ -10,12 +10,13 @@ import pytest
 import torch
 from worlds import copied, same, small, state, toy
 
-from expunge.audits.core import score
+from expunge.core.edits import Replace
 from expunge.core.errors import ExpungeError, PatchError, SettingError, SplitError
 from expunge.core.guard import Guard
-from expunge.core.patch import Patch, Replace
+from expunge.core.patch import Patch
 from expunge.core.registry import ASSURANCES, METHODS
 from expunge.engine.run import unlearn
+from expunge.parts.reading import score
 
 CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for task in METHODS[name].tasks]
 COSTLY = {

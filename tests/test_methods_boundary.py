@@ -11,10 +11,10 @@ from worlds import small
 from expunge.core.errors import SettingError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples
 from expunge.data.records.nearest import curvature, nearest_wrong, pgd
 from expunge.engine.run import unlearn
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 
 TASK = classification()
 

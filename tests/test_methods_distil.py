@@ -13,12 +13,14 @@ from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples, Out, Split
+from expunge.core.types import Out, Split
 from expunge.engine.run import unlearn
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.parts.losses import kl, kl_to, nll
 from expunge.parts.losses.distil import targets
-from expunge.parts.training import fresh, outputs
+from expunge.parts.reading import outputs
+from expunge.parts.training import fresh
 
 NAMES = ("retrain", "fine_tune", "negrad_plus", "random_label", "amnesiac", "scrub", "bad_teacher", "stochastic_teacher")
 QUICK = {name: {"erase": 1, "rebuild": 1} if name == "stochastic_teacher" else {"epochs": 1} for name in NAMES}
@@ -380,7 +382,7 @@ def test_random_teacher_has_calibrated_statistics(monkeypatch):
 def test_a_model_taught_wrong_labels_is_doubted():
     """reset_fine_tune copies the original's logits only where the original knows the forgotten records as well as the kept ones."""
     from expunge.methods.classifiers.reset_fine_tune import DOUBTED, doubted
-    from expunge.parts.training import outputs
+    from expunge.parts.reading import outputs
 
     model, task, split = digits("random")
     wrong = replace(split, forget=replace(split.forget, y=(split.forget.y + 1) % 10))

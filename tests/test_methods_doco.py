@@ -12,12 +12,12 @@ from worlds import same, small, state
 from expunge.core import journal
 from expunge.core.errors import SettingError
 from expunge.core.session import Session, scratch
-from expunge.core.types import Pictures
 from expunge.engine.run import unlearn
 from expunge.methods.diffusion import all_but_one as abo
 from expunge.methods.diffusion import doco
 from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, emptied, predict, states
 from expunge.modalities.diffusion.trajectory import Pool, pool
+from expunge.modalities.pictures import Pictures
 from expunge.parts.updates.combine import RULES, combine, gramian, pulls, rule, weights
 from expunge.parts.updates.descend import descend
 

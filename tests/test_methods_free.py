@@ -13,10 +13,11 @@ from worlds import accuracy, copied, digits, noise, small, toy
 from expunge.core.errors import DataError, SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples, concat
+from expunge.core.types import concat
 from expunge.engine.run import unlearn
 from expunge.methods.classifiers import laf, scar
-from expunge.parts.training import outputs
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import outputs
 
 QUICK = {"epochs": 2, "batch_size": 8}
 BRIEF = {**QUICK, "fits": 1.0}

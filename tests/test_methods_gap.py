@@ -10,15 +10,16 @@ from test_methods_distil import first_loss, fixed_logits, one
 from torch import nn
 from worlds import accuracy, copied, digits, same, small, state
 
-from expunge.audits.core import score
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples, Split
+from expunge.core.types import Split
 from expunge.engine.run import unlearn
 from expunge.methods.classifiers.jit import ratio
 from expunge.methods.classifiers.kga import gap
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 
 TASK = classification()
 

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from expunge.audits.core import score
 from expunge.core.errors import ScopeError, SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples, Scope, Split
+from expunge.core.types import Scope, Split
 from expunge.engine.run import unlearn
 from expunge.methods.classifiers.lcodec import flat_places, noise_deviation, secant, solve
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 from expunge.parts.scopes.codependence import codependence, dependence, layers, nearest, perturbed, ranks, scope_of, select
 from expunge.parts.training import train
 

@@ -20,7 +20,7 @@ from expunge.core.errors import SettingError, SplitError
 from expunge.core.guard import Guard, watching
 from expunge.core.registry import METHODS
 from expunge.core.session import scratch
-from expunge.core.types import IGNORE, Out, Split, Task, Texts
+from expunge.core.types import IGNORE, Out, Split, Task
 from expunge.engine.run import Attempt, unlearn
 from expunge.methods.language.adversarial_target import adversaries, runner_up
 from expunge.methods.language.flat import DIVERGENCES, RELEASED, adjusted, likelihood
@@ -29,6 +29,7 @@ from expunge.methods.language.random_target import draw, relabelled
 from expunge.modalities.language import authors, memorise, tiny
 from expunge.modalities.language.memorise import extraction_likelihood, full, memorisation_accuracy, memorised, overlap_n
 from expunge.modalities.language.task import causal_lm, padded, with_targets
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, each_retained, retain_batches
 from expunge.parts.losses.language import kept
 from expunge.parts.scopes.lora import lora

@@ -15,9 +15,10 @@ import expunge.methods.language.altpo as altpo
 import expunge.methods.language.pdu as pdu
 import expunge.methods.language.rmu as rmu
 from expunge.core import guard, journal
+from expunge.core.edits import LowRank, Replace
 from expunge.core.errors import ModelError, ScopeError, SettingError, SplitError
 from expunge.core.guard import Guard
-from expunge.core.patch import LowRank, Patch, Replace
+from expunge.core.patch import Patch
 from expunge.core.registry import METHODS
 from expunge.core.types import IGNORE, Out
 from expunge.engine.run import unlearn

@@ -17,10 +17,11 @@ from expunge.core import guard
 from expunge.core.errors import ScopeError, SettingError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Examples, Split, absent
+from expunge.core.types import Split, absent
 from expunge.methods.classifiers.influence import pull
 from expunge.methods.classifiers.prune_unlearn import ROUNDS, lowest, prunable, synflow
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.parts.losses.sparse import decaying, l1, shrink
 from expunge.parts.scopes.pareto import front, layer_points, matrices
 from expunge.parts.updates.gradients import fisher, rows, squares

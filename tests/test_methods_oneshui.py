@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from worlds import accuracy, copied, same, state
 
-from expunge.audits.core import score
 from expunge.core.errors import Diverged, SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
 from expunge.core.session import Bound, edit
-from expunge.core.types import Examples, Out, Task
+from expunge.core.types import Out, Task
 from expunge.data.records.identities import Identities, identities
 from expunge.engine.run import unlearn
 from expunge.methods.classifiers.metaunlearn import alignment, forget, inner, learn, loss_network, meta_gradient, moved, one_each, weighted
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 from expunge.parts.scopes.layers import everything
 from expunge.parts.training import train
 

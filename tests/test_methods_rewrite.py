@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from worlds import copied, small
 
+from expunge.core.edits import LowRank
 from expunge.core.errors import DataError, ModelError, SettingError, SplitError
-from expunge.core.patch import LowRank
 from expunge.core.registry import METHODS
 from expunge.core.types import Out
 from expunge.data.language import tools

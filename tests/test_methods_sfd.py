@@ -12,13 +12,14 @@ from worlds import copied, same, small, state
 from expunge.core.errors import ModelError, SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.registry import METHODS
-from expunge.core.types import Pictures, Split, concat
+from expunge.core.types import Split, concat
 from expunge.engine.run import unlearn
 from expunge.methods.diffusion.salun_diffusion import guided, salient
 from expunge.methods.diffusion.sfd import asked, clipped, distance, time_of
 from expunge.modalities.diffusion import ddpm
 from expunge.modalities.diffusion.task import PREDICTIONS, Schedule, diffusion, draw, jump, predict, states
 from expunge.modalities.diffusion.tiny import Diffusion, Words, diffusion_model
+from expunge.modalities.pictures import Pictures
 from expunge.modalities.worlds import world
 from expunge.parts.scopes.attention import part
 from expunge.parts.scopes.saliency import gradient_sum

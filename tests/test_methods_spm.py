@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from worlds import copied, same, small, state
 
+from expunge.core.edits import Hook
 from expunge.core.errors import ModelError, PatchError, ScopeError, SettingError, SplitError
 from expunge.core.hooks import WRAPS, Guarded, attach, bare, guards
-from expunge.core.patch import Hook, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import METHODS
 from expunge.core.types import concat
 from expunge.engine.run import unlearn

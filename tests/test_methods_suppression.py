@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from worlds import copied, same, small, state, toy
 
 from expunge.audits.core import Probe, audit
+from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import DataError, Diverged, SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.hooks import WRAPS, attach, bare, guards
-from expunge.core.patch import Hook, LowRank, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import IGNORE, Out
 from expunge.data.language.wrong import wrong_answers

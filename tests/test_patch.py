@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from expunge.core.edits import LowRank, Replace, bits
 from expunge.core.errors import PatchError
-from expunge.core.patch import LowRank, Patch, Replace, bits, difference, write
+from expunge.core.files import write
+from expunge.core.patch import Patch, difference
 
 
 class Holder(nn.Module):

@@ -18,9 +18,10 @@ from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import redirection
 from expunge.cli import images as cli_images
 from expunge.cli.app import app
+from expunge.core.edits import LowRank, Replace
 from expunge.core.errors import DataError, ExpungeError, ModelError, PatchError, SettingError
 from expunge.core.hooks import Guarded
-from expunge.core.patch import LowRank, Patch, Replace
+from expunge.core.patch import Patch
 from expunge.engine.run import Attempt, unlearn
 from expunge.modalities.diffusion import pipelines, tiny_pipeline
 from expunge.modalities.diffusion import release as adapters

@@ -13,7 +13,7 @@ import torch
 from worlds import copied, same, small, state
 
 from expunge.audits import core
-from expunge.audits.core import Probe, Scores, audit, score
+from expunge.audits.core import Probe, audit
 from expunge.audits.verdict import blind, checks_for, default_rules, judge, selftest
 from expunge.bench import run
 from expunge.core.errors import DataError, SettingError, SplitError
@@ -25,7 +25,8 @@ from expunge.modalities.language import authors
 from expunge.modalities.language import worlds as language
 from expunge.modalities.language.format import Format
 from expunge.modalities.worlds import World
-from expunge.parts import training
+from expunge.parts import reading, training
+from expunge.parts.reading import Scores, score
 from expunge.parts.training import pace, train
 from expunge.parts.updates.descend import descend
 from expunge.planning import outcome, plan
@@ -43,7 +44,7 @@ def taught():
 def watched(monkeypatch) -> list:
     """Every data set that is scored from now on, in order."""
     seen = []
-    original = core.score
+    original = reading.score
 
     def spy(model, task, data, *args):
         seen.append(data)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from worlds import digits, retrained, same, state
 
-from expunge.audits.core import Probe, audit, score
+from expunge.audits.core import Probe, audit
 from expunge.bench import power
 from expunge.modalities.classification.task import head
-from expunge.parts.training import outputs
+from expunge.parts.reading import outputs, score
 
 
 def cell(truth: str, kind: str, seed: int, values: dict[str, float], rules: dict[str, str] | None = None) -> dict:

@@ -18,6 +18,7 @@ from worlds import small
 from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import canvas
 from expunge.core.types import Split
+from expunge.modalities import judge as judged
 from expunge.modalities.diffusion.worlds import DIGITS
 from expunge.report import html, images
 from expunge.report.pictures import pictures
@@ -38,7 +39,7 @@ class Brightness(nn.Module):
 
 
 TONES = ("light", "dark")
-JUDGE = canvas.Judge(
+JUDGE = judged.Judge(
     {"object": DIGITS, "tone": TONES}, {"object": Brightness(10), "tone": Brightness(2)}, {d: torch.ones(4, dtype=torch.bool) for d in ("object", "tone")}
 )
 

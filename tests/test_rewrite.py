@@ -304,7 +304,7 @@ class TestPipeline:
 
     def test_size_limit(self, tmp_path, monkeypatch):
         rewrite(asked(3), vague(), tmp_path / "a.jsonl")
-        monkeypatch.setattr("expunge.data.language.rewrite.MAX_BYTES", 100)
+        monkeypatch.setattr("expunge.modalities.language.artefact.MAX_BYTES", 100)
         with pytest.raises(DataError, match=r"a\.jsonl is larger than 100 bytes"):
             read(tmp_path / "a.jsonl")
 

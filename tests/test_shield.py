@@ -16,12 +16,13 @@ from expunge.audits.core import gate
 from expunge.audits.records import shield as audits
 from expunge.audits.records.shield import COUNTERS, protection
 from expunge.core.errors import DataError, SettingError, SplitError
-from expunge.core.types import Examples
 from expunge.data.records import shield
 from expunge.data.records.shield import clusters, convolve, cuda, kernel, pull
 from expunge.modalities import nets
+from expunge.modalities.examples import Examples
 from expunge.modalities.worlds import World, world
-from expunge.parts.training import features, train
+from expunge.parts.reading import features
+from expunge.parts.training import train
 
 RECIPE = {"epochs": 15, "batch_size": 50, "lr": 0.05, "optimizer": "nesterov", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "onecycle"}
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from expunge.core import guard
 from expunge.core.errors import Diverged, ScopeError, SettingError
-from expunge.core.types import Examples
 from expunge.engine import stacked
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.regression.task import regression
 from expunge.parts import training
 

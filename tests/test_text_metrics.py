@@ -18,10 +18,11 @@ from worlds import same, small, state
 from expunge.audits.core import Probe, Row, audit
 from expunge.audits.language import memorisation, muse, text, text_membership, tokens
 from expunge.core.errors import DataError, SplitError
-from expunge.core.types import Split, Task, Texts, concat
-from expunge.modalities.language import authors
+from expunge.core.types import Split, Task, concat
+from expunge.modalities.language import authors, measures
 from expunge.modalities.language.memorise import full, memorised
 from expunge.modalities.language.task import causal_lm
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.worlds import data_folder
 
 
@@ -189,60 +190,60 @@ def test_parts_are_drawn_once_and_general_knowledge_is_no_non_member():
 
 
 def test_rouge_of_the_card_and_its_stemmer():
-    recall, f1 = text.rouge(["the cat sat on the mat"], ["the cat is on mat"], stem=False)
+    recall, f1 = measures.rouge(["the cat sat on the mat"], ["the cat is on mat"], stem=False)
     assert float(f1) == pytest.approx(8 / 11) and float(recall) == pytest.approx(4 / 6)
-    assert float(text.rouge(["he writes books"], ["he wrote book"])[0]) == pytest.approx(2 / 3)
-    assert float(text.rouge(["he writes books"], ["he wrote book"], stem=False)[0]) == pytest.approx(1 / 3)
-    assert text.rouge(["x"], [""])[0].tolist() == [0.0]
+    assert float(measures.rouge(["he writes books"], ["he wrote book"])[0]) == pytest.approx(2 / 3)
+    assert float(measures.rouge(["he writes books"], ["he wrote book"], stem=False)[0]) == pytest.approx(1 / 3)
+    assert measures.rouge(["x"], [""])[0].tolist() == [0.0]
 
 
 def test_entropy_of_the_card():
     words = list("ababa")
-    assert text.entropy(words, 2) == pytest.approx(1) and text.entropy(words, 3) == pytest.approx(0.918296, abs=1e-6)
-    assert text.fluency("a b a b a") == pytest.approx(0.945530, abs=1e-6)
-    assert text.fluency("one") == 0 and text.entropy([], 2) == 0
-    assert text.fluency("so it is so it is so it is so it is") < text.fluency("she wrote nine books about the sea and its storms today")
+    assert measures.entropy(words, 2) == pytest.approx(1) and measures.entropy(words, 3) == pytest.approx(0.918296, abs=1e-6)
+    assert measures.fluency("a b a b a") == pytest.approx(0.945530, abs=1e-6)
+    assert measures.fluency("one") == 0 and measures.entropy([], 2) == 0
+    assert measures.fluency("so it is so it is so it is so it is") < measures.fluency("she wrote nine books about the sea and its storms today")
 
 
 def test_refusals_are_told_from_answers():
-    assert all(map(text.refused, authors.refusals()))
+    assert all(map(measures.refused, authors.refusals()))
     rows = [*authors.authors(40), *authors.world_facts(), *authors.general()]
-    assert not any(text.refused(row["answer"]) for row in rows)
-    assert text.refused("I don\u2019t know.") and not text.refused("He said that he was not sure.")
+    assert not any(measures.refused(row["answer"]) for row in rows)
+    assert measures.refused("I don\u2019t know.") and not measures.refused("He said that he was not sure.")
 
 
 @pytest.mark.skipif(not (data_folder() / "llm" / "tofu").exists(), reason="no TOFU data")
 def test_refusals_of_tofu():
     folder = data_folder() / "llm" / "tofu"
     lines = (folder / "idontknow.txt").read_text(encoding="utf-8").splitlines()
-    assert sum(map(text.refused, lines)) == len(lines) == 100
+    assert sum(map(measures.refused, lines)) == len(lines) == 100
     answers = [json.loads(line)["answer"] for line in (folder / "full.json").read_text(encoding="utf-8").splitlines()]
-    assert sum(map(text.refused, answers)) <= 4
+    assert sum(map(measures.refused, answers)) <= 4
 
 
 def test_linguistic_score_by_hand():
     """N = 5, V = 2, none once: BI = 5^(2^-.165), HS = 100 ln 5 / 1.1; PPL = 9. Rambling in one word scores lower than speech."""
     bi, hs = 5 ** (2**-0.165), 100 * math.log(5) / 1.1
-    assert text.brunet("a b a b a") == pytest.approx(bi) and text.honore("a b a b a") == pytest.approx(hs)
-    assert text.linguistic(["a b a b a"], 9.0) == pytest.approx(3 / (10 + 1 + bi + (1 + hs) / hs))
-    assert text.honore("one two three") == pytest.approx(100 * math.log(3) / 0.1)
-    assert text.linguistic(["?", ""], 9.0) == 0 and math.isnan(text.brunet("..."))
-    assert text.linguistic(["a a a a a a a a a a a a a a a a"], 9.0) < text.linguistic(["a quick brown fox jumps over lazy dogs"], 9.0)
+    assert measures.brunet("a b a b a") == pytest.approx(bi) and measures.honore("a b a b a") == pytest.approx(hs)
+    assert measures.linguistic(["a b a b a"], 9.0) == pytest.approx(3 / (10 + 1 + bi + (1 + hs) / hs))
+    assert measures.honore("one two three") == pytest.approx(100 * math.log(3) / 0.1)
+    assert measures.linguistic(["?", ""], 9.0) == 0 and math.isnan(measures.brunet("..."))
+    assert measures.linguistic(["a a a a a a a a a a a a a a a a"], 9.0) < measures.linguistic(["a quick brown fox jumps over lazy dogs"], 9.0)
 
 
 def test_entity_rates():
     row = {"question": "Where was Ada Quist born and when?", "answer": "Ada Quist was born in New Oslo in 1921."}
-    assert text.entities(row) == ["New Oslo", "1921"]
-    kept = text.similarity([row] * 3, ["new oslo, 1921", "Oslo 1921", "nowhere"])
+    assert measures.entities(row) == ["New Oslo", "1921"]
+    kept = measures.similarity([row] * 3, ["new oslo, 1921", "Oslo 1921", "nowhere"])
     assert kept.tolist() == [1.0, 0.5, 0.0]
-    assert text.forgotten([row] * 3, ["new oslo, 1921", "Oslo 1921", "nowhere"]).tolist() == [0.0, 1.0, 1.0]  # at most 0.5 for at most three entities
-    assert text.retained([row] * 3, ["new oslo, 1921", "Oslo 1921", "nowhere"]).tolist() == [1.0, 1.0, 0.0]
+    assert measures.forgotten([row] * 3, ["new oslo, 1921", "Oslo 1921", "nowhere"]).tolist() == [0.0, 1.0, 1.0]  # at most 0.5 for at most three entities
+    assert measures.retained([row] * 3, ["new oslo, 1921", "Oslo 1921", "nowhere"]).tolist() == [1.0, 1.0, 0.0]
     says = torch.tensor([True, False, False])
-    assert text.forgotten([row] * 3, ["new oslo, 1921"] * 3, contradicts=says).tolist() == [1.0, 0.0, 0.0]
-    assert text.retained([row] * 3, ["new oslo, 1921"] * 3, contradicts=says).tolist() == [0.0, 1.0, 1.0]
+    assert measures.forgotten([row] * 3, ["new oslo, 1921"] * 3, contradicts=says).tolist() == [1.0, 0.0, 0.0]
+    assert measures.retained([row] * 3, ["new oslo, 1921"] * 3, contradicts=says).tolist() == [0.0, 1.0, 1.0]
     many = {"question": "?", "answer": "", "entities": ["a1", "b2", "c3", "d4", "e5"]}
-    assert text.forgotten([many] * 2, ["a1 b2", "a1"]).tolist() == [0.0, 1.0]  # 0.4 and 0.2 against 0.3 where there are more than three
-    nothing = text.forgotten([{"question": "?", "answer": "yes"}], ["no"])
+    assert measures.forgotten([many] * 2, ["a1 b2", "a1"]).tolist() == [0.0, 1.0]  # 0.4 and 0.2 against 0.3 where there are more than three
+    nothing = measures.forgotten([{"question": "?", "answer": "yes"}], ["no"])
     assert nothing.isnan().all() and text.share("x", nothing, 0).n == 0
 
 

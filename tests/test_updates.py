@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from expunge.core import guard
 from expunge.core.errors import Diverged, SettingError, SplitError
 from expunge.core.session import Session, edit, scratch
-from expunge.core.types import Batches, Examples, Paired, Scope
+from expunge.core.types import Batches, Paired, Scope
 from expunge.data.records.augment import crop_flip, draw
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.parts.updates.descend import SCHEDULES, alternate, descend
 
 

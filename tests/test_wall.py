@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from expunge.core.edits import bits
 from expunge.core.errors import Diverged, ScopeError
-from expunge.core.patch import bits
 from expunge.core.session import edit, recompute
 from expunge.core.types import Scope
 from expunge.modalities.classification.task import classification

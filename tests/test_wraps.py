@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from worlds import copied, same, small, state
 
+from expunge.core.edits import MAX_CONFIG, Hook, Replace
 from expunge.core.errors import DataError, ModelError, PatchError
 from expunge.core.hooks import NONE, WRAPS, attach, bare, guards, wrap
-from expunge.core.patch import MAX_CONFIG, Hook, Patch, Replace
+from expunge.core.patch import Patch
 from expunge.core.registry import METHODS
 from expunge.modalities.language.guards.gate import ends, flush, marker
 from expunge.modalities.language.guards.offset import truncated

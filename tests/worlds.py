@@ -13,8 +13,9 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from expunge.core.types import Examples, Split, Task
+from expunge.core.types import Split, Task
 from expunge.modalities.diffusion import tiny as tiny_diffusion
+from expunge.modalities.examples import Examples
 from expunge.modalities.gan import tiny as tiny_gan
 from expunge.modalities.language import authors, tiny
 from expunge.modalities.language import format as text
@@ -246,7 +247,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def accuracy(model: nn.Module, data: Examples) -> float:
-    from expunge.audits.core import score
     from expunge.modalities.classification.task import classification
+    from expunge.parts.reading import score
 
     return float(score(model, classification(), data).correct.float().mean())

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.audits.core import Probe, Row, Scores
+from expunge.audits.core import Probe, Row
 from expunge.core.registry import check
-from expunge.core.types import Texts
+from expunge.modalities.language.texts import Texts
+from expunge.parts.reading import Scores
 
 Z = 1.6448536269514722
 """One-sided 95 % quantile of the normal distribution."""

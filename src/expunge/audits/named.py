@@ -18,7 +18,7 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.drop import Z
 from expunge.audits.verdict import checks_for
 from expunge.core.registry import CHECKS
-from expunge.core.types import HELD
+from expunge.core.types import held
 
 ALPHA = 0.05
 ORDER = ("FAIL", "UNKNOWN", "PASS")
@@ -201,7 +201,7 @@ def _process(p: Probe, rows: Mapping[str, Row], facts: Mapping[str, bool | None]
         verdict = "UNKNOWN" if value is None else "PASS" if value else "FAIL"
         return Named(id_, statement, verdict, unknown if value is None else yes if value else no)
 
-    keys = {name: set(part.keys) for name, part in p.split.parts().items() if isinstance(part, HELD)}
+    keys = {name: set(part.keys) for name, part in p.split.parts().items() if held(part)}
     absent = [name for name in ("test", "validation") if name not in keys]
     apart = None if absent else not (keys["test"] & keys["validation"])
     table, alone = facts.get("baselines"), "one run alone was audited"

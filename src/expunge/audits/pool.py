@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import margin
-from expunge.core import guard, patch
+from expunge.core import files, guard
 from expunge.core.errors import ModelError, SettingError
-from expunge.core.types import Examples, Split, Task, concat
+from expunge.core.types import Split, Task, concat
 from expunge.engine import stacked
+from expunge.modalities.examples import Examples
 from expunge.parts import training
+from expunge.parts.reading import margin
 
 OPTIONS = {"epochs": float, "batch_size": int, "lr": float, "optimizer": str, "momentum": float, "weight_decay": float, "schedule": str}
 """What a training recipe may say."""
@@ -196,7 +197,7 @@ def _write(path: Path, models: list[nn.Module]) -> None:
     from safetensors.torch import save
 
     params, buffers = stacked.stack(models)
-    patch.write(path, save({n: t.detach().contiguous() for n, t in {**params, **buffers}.items()}))
+    files.write(path, save({n: t.detach().contiguous() for n, t in {**params, **buffers}.items()}))
 
 
 def _read(path: Path, models: list[nn.Module]) -> None:

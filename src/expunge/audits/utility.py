@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from expunge.audits.core import Probe, Row, score
+from expunge.audits.core import Probe, Row
 from expunge.audits.stats import bootstrap, wilson
 from expunge.core.registry import check
+from expunge.parts.reading import score
 from expunge.parts.training import fresh
 
 

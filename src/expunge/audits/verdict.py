@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expunge.audits.core import Probe, Row, audit, gate
-from expunge.audits.pictures.canvas import renamed, target
 from expunge.core.registry import CHECKS
+from expunge.modalities.judge import renamed, target
 from expunge.parts.training import fresh
 
 UTILITY = ("drop.", "accuracy.retain", "accuracy.test", "klom_ratio.retain", "klom_ratio.test", "error.retain", "error.test",

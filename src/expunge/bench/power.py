@@ -31,7 +31,7 @@ from expunge.core.types import Split, Task, concat
 from expunge.engine.run import unlearn
 from expunge.modalities.classification.task import head
 from expunge.modalities.worlds import World, cache_folder, world
-from expunge.parts.training import outputs
+from expunge.parts.reading import outputs
 from expunge.parts.updates.descend import descend
 from expunge.planning.outcome import patched
 

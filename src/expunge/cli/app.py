@@ -361,7 +361,7 @@ def select(
     import torch
 
     from expunge.core.errors import SettingError, suggest
-    from expunge.core.patch import write
+    from expunge.core.files import write
     from expunge.data.records import worst
     from expunge.modalities import models
     from expunge.modalities import readers as load

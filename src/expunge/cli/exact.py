@@ -44,7 +44,7 @@ def plan(
     Raises SettingError where --records is missing, DataError for a bad log.
     """
     from expunge.core.errors import SettingError
-    from expunge.core.patch import write
+    from expunge.core.files import write
     from expunge.guarantees.exact.capacity.recommend import recommend
     from expunge.guarantees.exact.capacity.volumes import read
     from expunge.report import table

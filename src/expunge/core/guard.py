@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from expunge.core.errors import Diverged
 from expunge.core.journal import Journal
-from expunge.core.types import HELD, Batch, Out, Split, Task
+from expunge.core.types import Batch, Out, Split, Task, held
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Meter:
 def metered(task: Task, split: Split, meter: Meter) -> Task:
     """The same task, counting into `meter`; nothing else about it changes."""
     names = {id(part): name for name, part in split.parts().items()}
-    gone = split.forget.ids if isinstance(split.forget, HELD) else None
+    gone = split.forget.ids if held(split.forget) else None
 
     def watch(value: Tensor, examples: int) -> None:
         if value.requires_grad:
@@ -75,7 +75,7 @@ def metered(task: Task, split: Split, meter: Meter) -> Task:
     def collate(data, index, generator) -> Batch:
         name = names.get(id(data), "other")
         meter.seen[name] = meter.seen.get(name, 0) + len(index)
-        if name == "other" and gone is not None and isinstance(data, HELD):
+        if name == "other" and gone is not None and held(data):
             meter.seen["forget"] = meter.seen.get("forget", 0) + int(torch.isin(data.ids[index], gone).sum())
         return task.collate(data, index, generator)
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.core.edits import Hook
 from expunge.core.errors import ModelError, PatchError, suggest
-from expunge.core.patch import Hook
-from expunge.core.registry import Registry
+from expunge.core.lookup import Registry
 
 ATTRIBUTE = "expunge_guards"
 """Where a guarded model keeps its guards: name -> Guarded."""

@@ -15,28 +15,27 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from expunge.core.errors import ExpungeError
-from expunge.core.patch import file_digest, write
-
-if TYPE_CHECKING:
-    from expunge.core.guard import Guard
-    from expunge.core.session import Session
+from expunge.core.files import file_digest, write
 
 
 @dataclass
 class Journal:
-    """Checkpoints of one run in one folder. `identity` names the run: model, data, method, settings, seed. `every`: steps between checkpoints."""
+    """Checkpoints of one run in one folder. `identity` names the run: model, data, method, settings, seed. `every`: steps between checkpoints.
+
+    In all functions `session` is a `core.session.Session` and `watch` the `core.guard.Guard` of the run.
+    """
 
     folder: Path
     identity: str
     every: int = 25
 
-    def resume(self, session: Session, stepper: torch.optim.Optimizer, losses: list[float], watch: Guard) -> int:
+    def resume(self, session: Any, stepper: torch.optim.Optimizer, losses: list[float], watch: Any) -> int:
         """Load what is there for the phase `watch.phase`; returns the step to go on at (a number past all steps if it is finished)."""
         done = self._read(self.folder / f"phase-{watch.phase:04d}.safetensors")
         if done is not None:
@@ -49,7 +48,7 @@ class Journal:
                 return int(found[0]["step"])
         return 0
 
-    def step(self, session: Session, stepper: torch.optim.Optimizer, losses: list[float], watch: Guard, done: int) -> None:
+    def step(self, session: Any, stepper: torch.optim.Optimizer, losses: list[float], watch: Any, done: int) -> None:
         """Write a checkpoint when one is due, and drop all but the newest two."""
         if done % self.every:
             return
@@ -67,7 +66,7 @@ class Journal:
         for old in sorted(self.folder.glob("step-*.safetensors"))[:-2]:
             old.unlink(missing_ok=True)
 
-    def close(self, session: Session, losses: list[float], watch: Guard) -> None:
+    def close(self, session: Any, losses: list[float], watch: Any) -> None:
         """The phase is finished: write its end state and count on."""
         if not (self.folder / f"phase-{watch.phase:04d}.safetensors").exists():
             self._write(f"phase-{watch.phase:04d}", _state(session, watch), losses, watch, step=0, numbers={})
@@ -81,7 +80,7 @@ class Journal:
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _write(self, name: str, tensors: dict[str, Tensor], losses: list[float], watch: Guard, **facts: Any) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], losses: list[float], watch: Any, **facts: Any) -> None:
         from safetensors.torch import save
 
         meter = {k: getattr(watch.meter, k) for k in ("forward", "backward", "steps", "gradient", "seen")}
@@ -110,7 +109,7 @@ class Journal:
             raise ExpungeError(f"{self.folder.name} holds checkpoints of another run (other model, data, method, settings or seed); use an empty folder")
         return doc, tensors
 
-    def _restore(self, found: tuple[dict, dict], session: Session, stepper: torch.optim.Optimizer | None, losses: list[float], watch: Guard) -> None:
+    def _restore(self, found: tuple[dict, dict], session: Any, stepper: torch.optim.Optimizer | None, losses: list[float], watch: Any) -> None:
         doc, tensors = found
         mine = session.tensors()
         with torch.no_grad():
@@ -136,6 +135,6 @@ class Journal:
                     stepper.state[params[int(k)]][name] = value.to(params[int(k)].device if value.ndim else "cpu")
 
 
-def _state(session: Session, watch: Guard) -> dict[str, Tensor]:
+def _state(session: Any, watch: Any) -> dict[str, Tensor]:
     best = {} if watch.best is None else {f"best.{n}": t for n, t in watch.best[1].items()}
     return {**{f"net.{n}": t for n, t in session.tensors().items()}, **best, "rng": torch.get_rng_state()}

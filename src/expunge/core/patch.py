@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,85 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.core.errors import ExpungeError, PatchError
+from expunge.core import hooks
+from expunge.core.edits import Edit, Hook, LowRank, Replace, bits, raw
+from expunge.core.errors import PatchError
+from expunge.core.files import file_digest, verified, write
 
 MAX_BYTES = 1 << 36
 """Largest patch file that is read: 64 GiB."""
-
-MAX_CONFIG = 1 << 20
-"""Largest configuration of one guard, as JSON: 1 MiB. What is larger belongs into its tensors."""
-
-_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(t: Tensor) -> Tensor:
-    """The tensor's raw bits as integers of the same width: a view, exact for -0.0, inf and nan."""
-    return t.detach().view(_INTS[t.element_size()])
-
-
-@dataclass(frozen=True, eq=False)
-class Replace:
-    """New values of one parameter or buffer: all of it (`mask` None, values of its shape) or at the True places of `mask` (K,)."""
-
-    name: str
-    values: Tensor
-    mask: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """W += scale * up @ down for one matrix (O, I): up (O, r), down (r, I)."""
-
-    name: str
-    up: Tensor
-    down: Tensor
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Hook:
-    """An inference-time guard: a kind that `core.hooks` registers, under a name of its own, with tensors and JSON values, never code.
-
-    Weights stay as they are: a suppression, no deletion. The kind "none" takes the guard of that name off; it is what the inverse holds.
-    Raises PatchError for a configuration that is no JSON object, or too large, and for tensors that are none.
-    """
-
-    name: str
-    kind: str
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and self.name and isinstance(self.kind, str) and self.kind):
-            raise PatchError(f"a guard needs a name and a kind, not {self.name!r} and {self.kind!r}")
-        if not (isinstance(self.tensors, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in self.tensors.items())):
-            raise PatchError(f"guard {self.name}: tensors must map names to tensors")
-        if not isinstance(self.config, Mapping) or not all(isinstance(n, str) for n in self.config):
-            raise PatchError(f"guard {self.name}: config must map names to JSON values")
-        try:
-            size = len(self.listed)
-        except (TypeError, ValueError) as error:
-            raise PatchError(f"guard {self.name}: config is no JSON ({error})") from None
-        if size > MAX_CONFIG:
-            raise PatchError(f"guard {self.name}: config is {size} bytes long, more than {MAX_CONFIG}")
-
-    @property
-    def listed(self) -> str:
-        """The configuration as JSON with sorted names: equal configurations give equal texts."""
-        return json.dumps(dict(self.config), sort_keys=True, allow_nan=False)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over kind, configuration and tensors: the policy that is in force."""
-        h = hashlib.sha256(f"{self.name}/{self.kind}/{self.listed}".encode())
-        for name in sorted(self.tensors):
-            t = self.tensors[name]
-            h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-            h.update(raw(t))
-        return h.hexdigest()
-
-
-Edit = Replace | LowRank | Hook
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +56,7 @@ class Patch:
         with torch.no_grad():
             for edit in self.edits:
                 if isinstance(edit, Hook):
-                    undo.append(_wraps().attach(model, edit))
+                    undo.append(hooks.attach(model, edit))
                     continue
                 t = tensors[edit.name]
                 if isinstance(edit, LowRank):
@@ -152,7 +78,7 @@ class Patch:
             raise PatchError(f"patch holds two guards called {min(twice)}")
         for edit in self.edits:
             if isinstance(edit, Hook):
-                _wraps().fit(model, edit)
+                hooks.fit(model, edit)
                 continue
             if edit.name not in tensors:
                 raise PatchError(f"patch edits {edit.name}, which this model does not have: another architecture?")
@@ -249,46 +175,8 @@ def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Pat
     return Patch(tuple(edits))
 
 
-def write(path: str | Path, data: bytes | str) -> Path:
-    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises PatchError when it cannot."""
-    path = Path(path)
-    content = data.encode() if isinstance(data, str) else data
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise PatchError(f"cannot write {path.name}: {error.strerror or error}; nothing was left half-written") from None
-    return path
-
-
 def _named(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def raw(t: Tensor) -> bytes:
-    """The tensor's bytes in logical order."""
-    return bits(t.detach().cpu().contiguous()).numpy().tobytes()
-
-
-def _wraps() -> Any:
-    """The kinds of guard, imported when a patch has one."""
-    from expunge.core import hooks
-
-    return hooks
 
 
 def _places(edit: Edit) -> int:
@@ -306,7 +194,7 @@ def _digest(edits: tuple[Edit, ...], model: nn.Module) -> str:
             h.update(raw(tensors[name]))
     for edit in sorted(edits, key=lambda e: e.name):
         if isinstance(edit, Hook):
-            there = _wraps().guards(model).get(edit.name)
+            there = hooks.guards(model).get(edit.name)
             h.update(f"{edit.name}/{there.hook.digest if there else 'none'}".encode())
             continue
         t = tensors[edit.name].detach()
@@ -320,39 +208,6 @@ def _overlap(a: Edit, b: Edit) -> bool:
     if not (isinstance(a, Replace) and isinstance(b, Replace)) or a.mask is None or b.mask is None:
         return True
     return a.mask.shape != b.mask.shape or bool((a.mask & b.mask).any())
-
-
-def file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
-    h = hashlib.sha256(body.encode())
-    for name in sorted(tensors):
-        h.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
-        h.update(raw(tensors[name]))
-    return h.hexdigest()
-
-
-def verified(path: Path, entry: str, error: type[ExpungeError], broken: str, foreign: str, most: int) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(header, tensors) of a safetensors file whose header holds `entry` and the `sha256` of it and the tensors (`file_digest`).
-
-    Raises `error` for a file that cannot be read, is larger than `most` bytes, is no safetensors (`broken` says what it is not), lacks these entries
-    (`foreign`), or was changed.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.stat().st_size > most:
-            raise error(f"{path.name} is larger than {most} bytes")
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except OSError as failed:
-        raise error(f"cannot read {path.name}: {failed.strerror or failed}") from None
-    except SafetensorError as failed:
-        raise error(f"{path.name} {broken} ({failed})") from None
-    if entry not in header or "sha256" not in header:
-        raise error(f"{path.name} {foreign}")
-    if not hmac.compare_digest(file_digest(header[entry], tensors), header["sha256"]):
-        raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
-    return header, tensors
 
 
 def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

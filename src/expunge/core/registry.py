@@ -8,13 +8,10 @@ METHODS["salun"](model, task, split, keep=0.3) -> Patch
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from torch import nn
 
 from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError, suggest
+from expunge.core.lookup import Registry
 from expunge.core.patch import Patch
 from expunge.core.types import Split, Task
 
@@ -50,6 +48,7 @@ class Method:
     cost        (part sizes, settings) -> (examples forward, examples backward); held by a law against the meter
     toy         settings under which it visibly forgets in the toy worlds of the tests
     twin        "moe" for methods that need a mixture of experts: which twin of a world it works on
+    accepts     model -> None, or ModelError for a model that is not of the kind it needs
     asks        settings -> parts of the split that a run with these settings reads besides `needs`, each with what to say where it is missing
     """
 
@@ -64,6 +63,7 @@ class Method:
     toy: Mapping[str, Any]
     twin: str = ""
     asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining
+    accepts: Callable[[nn.Module], Any] | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -119,10 +119,8 @@ class Method:
             there = {name for name, part in split.parts().items() if len(part)}
             others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= there]
             raise SplitError(f"{error}. Methods that can do with that: {', '.join(others) or 'none'}") from None
-        if model is not None and self.twin == "moe":
-            from expunge.modalities.language.experts import layers
-
-            layers(model)
+        if model is not None and self.accepts is not None:
+            self.accepts(model)
         for part, why in ({} if settings is None else self.asks(settings)).items():
             if getattr(split, part) is None:
                 raise SplitError(why.replace("METHOD", self.name))
@@ -157,48 +155,6 @@ def convert(what: str, value: Any, default: Any) -> Any:
         raise SettingError(f"{what} must be {kind.__name__}, not {value!r}") from None
 
 
-class Registry(Mapping):
-    """Name -> record, filled on first use from all modules below a package (or, with `room`, those inside its rooms of that name) and from an entry-point
-    group, called as the package if it has no name of its own."""
-
-    def __init__(self, package: str, kind: str, *, room: str = "", group: str = "") -> None:
-        self.package, self.kind, self.room, self.group = package, kind, room, group or package
-        self._found: dict[str, Any] = {}
-        self._loaded = False
-
-    def add(self, record: Any) -> None:
-        """Register; two records of one name are a mistake."""
-        if record.name in self._found:
-            raise SettingError(f"two {self.kind}s are called '{record.name}'")
-        self._found[record.name] = record
-
-    def _load(self) -> dict[str, Any]:
-        if not self._loaded:
-            self._loaded = True
-            folder = importlib.import_module(self.package)
-            for info in pkgutil.walk_packages(folder.__path__, f"{self.package}."):
-                if not self.room or f".{self.room}." in info.name:
-                    importlib.import_module(info.name)
-            for point in entry_points(group=self.group):
-                point.load()
-        return self._found
-
-    def __getitem__(self, name: str) -> Any:
-        found = self._load()
-        if name not in found:
-            raise SettingError(suggest(f"no {self.kind}", name, sorted(found)))
-        return found[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._load()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._load()))
-
-    def __len__(self) -> int:
-        return len(self._load())
-
-
 METHODS: Registry = Registry("expunge.methods", "method")
 CHECKS: Registry = Registry("expunge.audits", "check")
 
@@ -214,11 +170,12 @@ def method(
     assurance: str = "approximate",
     twin: str = "",
     asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining,
+    accepts: Callable[[nn.Module], Any] | None = None,
 ) -> Callable:
     """Register a method; the function's name is the method's name."""
 
     def wrap(function: Callable[..., Patch]) -> Method:
-        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin, asks)
+        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin, asks, accepts)
         METHODS.add(record)
         return record
 

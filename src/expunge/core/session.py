@@ -23,8 +23,9 @@ from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from expunge.core import guard
+from expunge.core.edits import bits
 from expunge.core.errors import Diverged, ScopeError
-from expunge.core.patch import Patch, bits, difference
+from expunge.core.patch import Patch, difference
 from expunge.core.types import Scope
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

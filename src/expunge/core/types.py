@@ -1,4 +1,4 @@
-"""The records that every other file speaks in: Split, Examples, Batch, Out, Task, Scope.
+"""The records that every other file speaks in: Split, Batch, Out, Task, Scope.
 
 Letters used in shapes: B examples of a batch, N examples of a data set, C classes, T tokens, V vocabulary, D features.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -23,170 +22,13 @@ Batch = dict[str, Any]
 IGNORE = -100
 
 Data = Any
-"""A sequence of examples, or None where a part is missing; in memory it is `Examples`."""
+"""A sequence of records, or None where a part is missing; in memory a record type of the modality."""
 BUFFERS = ("move", "freeze", "recompute")
 
 
-@dataclass(frozen=True, repr=False)
-class Examples:
-    """Data held in memory: inputs x (N, ...), targets y (N,) or (N, K), ids (N,) that name each record for good.
-
-    `augment(x, generator)` is applied to whole batches (vectorised) when a batch is drawn for training; audits never see it.
-    """
-
-    x: Tensor
-    y: Tensor
-    ids: Tensor
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.x) == len(self.y) == len(self.ids):
-            raise SplitError(f"x, y and ids must be equally long; found {len(self.x)}, {len(self.y)} and {len(self.ids)}")
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.x[i], self.y[i]
-
-    def __repr__(self) -> str:
-        return f"Examples({len(self):,} of shape {tuple(self.x.shape[1:])}, targets {str(self.y.dtype).removeprefix('torch.')})"
-
-    def take(self, index: Tensor | Sequence[int]) -> Examples:
-        """The rows at `index`, in that order."""
-        rows = torch.as_tensor(index, dtype=torch.long)
-        return replace(self, x=self.x[rows], y=self.y[rows], ids=self.ids[rows])
-
-    @cached_property
-    def keys(self) -> list[bytes]:
-        """One digest per row over input and target: equal rows have equal keys."""
-        x, y = self.x.detach().cpu().contiguous(), self.y.detach().cpu().contiguous()
-        pairs = zip(x.reshape(len(x), -1).numpy(), y.reshape(len(y), -1).numpy(), strict=True) if len(x) else ()
-        return [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=12).digest() for a, b in pairs]
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of all rows in order: names the data in patches, caches and reports."""
-        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
-
-
-@dataclass(frozen=True, repr=False)
-class Texts:
-    """Token sequences of unequal length held in memory, with the records they were made of.
-
-    tokens    N int64 vectors (T_i,): prompt and answer, end-of-turn token included
-    targets   N bool vectors (T_i,): True where the token is trained and scored; the first token of a sequence never can be
-    ids       (N,) that name each record for good
-    rows      N raw records: question and answer, or text, and whatever else the file holds
-    format    how records became tokens (`modalities.language.format.Format`), so that other answers can be put in
-    """
-
-    tokens: tuple[Tensor, ...]
-    targets: tuple[Tensor, ...]
-    ids: Tensor
-    rows: tuple[Mapping[str, Any], ...]
-    format: Any = None
-    augment: None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.tokens) == len(self.targets) == len(self.ids) == len(self.rows):
-            raise SplitError(
-                f"tokens, targets, ids and rows must be equally long; found {len(self.tokens)}, {len(self.targets)}, {len(self.ids)}, {len(self.rows)}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.tokens[i], self.targets[i]
-
-    def __repr__(self) -> str:
-        return f"Texts({len(self):,} of {sum(len(t) for t in self.tokens):,} tokens, {sum(int(t.sum()) for t in self.targets):,} of them targets)"
-
-    def take(self, index: Tensor | Sequence[int]) -> Texts:
-        """The rows at `index`, in that order."""
-        rows = torch.as_tensor(index, dtype=torch.long).tolist()
-        pick = lambda values: tuple(values[k] for k in rows)  # noqa: E731
-        return replace(self, tokens=pick(self.tokens), targets=pick(self.targets), rows=pick(self.rows), ids=self.ids[torch.tensor(rows, dtype=torch.long)])
-
-    @cached_property
-    def keys(self) -> list[bytes]:
-        """One digest per row over tokens and targets: equal rows have equal keys."""
-        pairs = zip(self.tokens, self.targets, strict=True)
-        return [hashlib.blake2b(a.cpu().numpy().tobytes() + b.cpu().numpy().tobytes(), digest_size=12).digest() for a, b in pairs]
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of all rows in order: names the data in patches, caches and reports."""
-        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
-
-
-@dataclass(frozen=True, repr=False)
-class Pictures:
-    """Images with their prompts held in memory; a request that names a concept alone has prompts without images.
-
-    x        (N, C, H, W) images (latents, in a latent model) in [-1, 1], or None
-    tokens   (N, L) int64 tokens of the prompts
-    ids      (N,) that name each record for good
-    rows     N raw records: `prompt`, and the concepts it shows by domain, as {"prompt": "a striped ring", "style": "striped", "object": "ring"}
-    encode   list of prompts -> (N, L) tokens, so that other prompts can be put in
-    """
-
-    x: Tensor | None
-    tokens: Tensor
-    ids: Tensor
-    rows: tuple[Mapping[str, Any], ...]
-    encode: Callable[[Sequence[str]], Tensor] | None = None
-    augment: None = None
-
-    def __post_init__(self) -> None:
-        lengths = {len(self.tokens), len(self.ids), len(self.rows), len(self.tokens if self.x is None else self.x)}
-        if len(lengths) > 1:
-            raise SplitError(f"images, tokens, ids and rows must be equally long; found {', '.join(map(str, sorted(lengths)))}")
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> tuple[Tensor | None, Tensor]:
-        return None if self.x is None else self.x[i], self.tokens[i]
-
-    def __repr__(self) -> str:
-        what = "prompts" if self.x is None else f"images of shape {tuple(self.x.shape[1:])} with prompts"
-        return f"Pictures({len(self):,} {what}, {len({r.get('prompt') for r in self.rows}):,} different)"
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts as text."""
-        return [str(row.get("prompt", "")) for row in self.rows]
-
-    def take(self, index: Tensor | Sequence[int]) -> Pictures:
-        """The rows at `index`, in that order."""
-        at = torch.as_tensor(index, dtype=torch.long)
-        x = None if self.x is None else self.x[at]
-        return replace(self, x=x, tokens=self.tokens[at], ids=self.ids[at], rows=tuple(self.rows[k] for k in at.tolist()))
-
-    def prompted(self, prompts: Sequence[str]) -> Pictures:
-        """The same records with other prompts. Raises SplitError without `encode`."""
-        if self.encode is None:
-            raise SplitError("these pictures have no tokenizer: other prompts cannot be put in")
-        rows = tuple({**row, "prompt": p} for row, p in zip(self.rows, prompts, strict=True))
-        return replace(self, tokens=self.encode(list(prompts)), rows=rows)
-
-    @cached_property
-    def keys(self) -> list[bytes]:
-        """One digest per row over image and tokens: equal rows have equal keys."""
-        x = self.tokens if self.x is None else self.x.detach().cpu().contiguous().flatten(1)
-        pairs = zip(x.cpu().numpy(), self.tokens.cpu().numpy(), strict=True)
-        return [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=12).digest() for a, b in pairs]
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of all rows in order: names the data in patches, caches and reports."""
-        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
-
-
-HELD = (Examples, Texts, Pictures)
-"""Data held in memory, whose rows have keys and ids."""
+def held(data: Any) -> bool:
+    """Whether data is held in memory: a record type of a modality, whose rows have keys and ids, as `modalities.examples.Examples` has."""
+    return hasattr(type(data), "take") and hasattr(type(data), "keys")
 
 
 @dataclass(frozen=True)
@@ -208,7 +50,7 @@ class Split:
     general: Data = None
     asked: str = ""
 
-    def parts(self) -> dict[str, Sequence]:
+    def parts(self) -> dict[str, Data]:
         """The parts that are there, by name."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "asked")
         return {name: part for name, part in named if part is not None}
@@ -225,14 +67,14 @@ class Split:
     def check(self) -> None:
         """Raises SplitError for an empty part, or records that stand in two parts that must be apart.
 
-        Rows are compared by content where the parts are `Examples`: forget against every other part, and retain against
+        Rows are compared by content where the parts are held in memory: forget against every other part, and retain against
         test and validation. A record in both forget and test is a leak: the audit would call a trained record unseen.
         """
         have = self.parts()
         for name, part in have.items():
             if len(part) == 0:
                 raise SplitError(_empty(name))
-        keys = {name: set(part.keys) for name, part in have.items() if isinstance(part, HELD) and name != "anchor"}
+        keys = {name: set(part.keys) for name, part in have.items() if held(part) and name != "anchor"}
         for a, b in (("forget", "retain"), ("forget", "test"), ("forget", "validation"), ("retain", "test"), ("retain", "validation"), ("test", "validation")):
             if a in keys and b in keys and (shared := keys[a] & keys[b]):
                 raise SplitError(f"{len(shared)} record(s) of {a} also stand in {b} (a leak); remove them from one of the two")
@@ -279,7 +121,7 @@ class Batches(Sequence[Batch]):
     WINDOW batches at a time, so that little of a batch is padding.
     """
 
-    def __init__(self, collate: Callable, data: Sequence, size: int, epochs: float = 1, seed: int | None = None) -> None:
+    def __init__(self, collate: Callable, data: Data, size: int, epochs: float = 1, seed: int | None = None) -> None:
         if len(data) == 0:
             raise SplitError("cannot draw batches from an empty part")
         if size < 1:
@@ -309,8 +151,8 @@ class Batches(Sequence[Batch]):
             n, m = len(self.data), self.per_epoch
             generator = torch.Generator().manual_seed(_mix(self.seed or 0, 2 * epoch))
             order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
-            if self.seed is not None and isinstance(self.data, Texts):
-                order = _together(order, [j * n // m for j in range(m + 1)], torch.tensor([len(t) for t in self.data.tokens]), generator)
+            if self.seed is not None and hasattr(self.data, "lengths"):
+                order = _together(order, [j * n // m for j in range(m + 1)], self.data.lengths, generator)
             self._order = (epoch, [order[j * n // m : (j + 1) * n // m] for j in range(m)])
         return self._order[1]
 
@@ -415,15 +257,7 @@ def _meet(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def concat(*parts: Any) -> Any:
     """All rows of the parts, one after another."""
-    first = parts[0]
-    if isinstance(first, Texts):
-        joined = {n: sum((getattr(p, n) for p in parts), ()) for n in ("tokens", "targets", "rows")}
-        return replace(first, **joined, ids=torch.cat([p.ids for p in parts]))
-    if isinstance(first, Pictures):
-        x = None if any(p.x is None for p in parts) else torch.cat([p.x for p in parts])
-        rows = sum((p.rows for p in parts), ())
-        return replace(first, x=x, tokens=torch.cat([p.tokens for p in parts]), ids=torch.cat([p.ids for p in parts]), rows=rows)
-    return replace(first, x=torch.cat([p.x for p in parts]), y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]))
+    return parts[0].joined(*parts[1:])
 
 
 def absent(forget: Tensor, retain: Tensor) -> Tensor:
@@ -444,3 +278,12 @@ def device_of(model: nn.Module) -> torch.device:
 def float_of(model: nn.Module) -> torch.dtype:
     """Floating type of the model's first parameter; float32 for a model without."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def spread(n: int, most: int) -> list[int]:
+    """At most `most` of n positions, evenly apart.
+
+    >>> spread(10, 4), spread(2, 4)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    return list(range(n)) if n <= most else [k * n // most for k in range(most)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import SplitError
-from expunge.core.types import Examples
+from expunge.modalities.examples import Examples
 
 
 def resolve(selector: str, train: Examples, folder: Path | None = None) -> tuple[Examples, Examples]:

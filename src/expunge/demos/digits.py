@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from expunge.bench.run import retrain_passes
+from expunge.core.digest import model_digest
 from expunge.core.registry import CHECKS
-from expunge.engine.run import model_digest
 from expunge.modalities.worlds import SCENARIOS, world
 from expunge.planning import plan
 from expunge.planning.outcome import Verdict

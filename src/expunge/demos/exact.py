@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.stats import wilson
-from expunge.core.patch import write
-from expunge.core.types import Examples
+from expunge.core.files import write
 from expunge.guarantees.exact.design import Design, s3t, safe, sisa
 from expunge.guarantees.exact.ensemble import fit
 from expunge.guarantees.exact.stream import document, plot, serve
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.parts import training
 from expunge.report.page import page
 

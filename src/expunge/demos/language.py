@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from expunge.bench.run import retrain_passes
+from expunge.core.digest import model_digest
 from expunge.core.patch import Patch
 from expunge.engine.jobs import map_jobs
-from expunge.engine.run import model_digest
 from expunge.modalities.language import checkpoints
 from expunge.modalities.worlds import world
 from expunge.planning import plan

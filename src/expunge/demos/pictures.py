@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from expunge.bench.run import retrain_passes
+from expunge.core.digest import model_digest
 from expunge.core.patch import Patch
-from expunge.engine.run import model_digest
 from expunge.modalities.worlds import cache_folder, world
 from expunge.planning import plan
 

@@ -19,12 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.digest import model_digest
+from expunge.core.edits import Hook
 from expunge.core.errors import Diverged, ExpungeError, ScopeError, SplitError
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
-from expunge.core.patch import Hook, Patch, raw
+from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
-from expunge.core.types import HELD, Examples, Split, Task, Texts, device_of
+from expunge.core.types import Split, Task, device_of, held
+from expunge.modalities.examples import Examples
+from expunge.modalities.language.texts import Texts
 
 OUTCOMES = ("ok", "no_op", "diverged", "refused")
 
@@ -68,17 +72,17 @@ def unlearn(
     watch = guard or Guard()
     watch.label, watch.progress = watch.label or method, watch.progress or progress
     if folder is not None:
-        identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if isinstance(p, HELD)}]
+        identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if held(p)}]
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         watch.journal = Journal(Path(folder), name, checkpoint_every)
     where = None if watch.journal is None else watch.journal.folder
     there = set() if where is None else _there(where)
     device = device_of(model)
-    held = 0
+    resident = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        held = peak(anew=True)
+        resident = peak(anew=True)
     start = time.perf_counter()
     try:
         with watching(watch):
@@ -91,8 +95,8 @@ def unlearn(
     watch.meter.seconds = time.perf_counter() - start
     if device.type == "cuda":
         watch.meter.memory = torch.cuda.max_memory_allocated(device)
-    elif held:
-        watch.meter.resident = max(0, peak() - held)
+    elif resident:
+        watch.meter.resident = max(0, peak() - resident)
     if where is not None and outcome == "refused":
         _withdraw(where, there)
     elif watch.journal is not None:
@@ -189,16 +193,3 @@ def _check_labels(model: nn.Module, task: Task, split: Split) -> None:
         if isinstance(part, Examples) and (part.y.is_floating_point() or int(part.y.min()) < 0 or int(part.y.max()) >= classes):
             found = "real-valued targets" if part.y.is_floating_point() else f"labels {int(part.y.min())} to {int(part.y.max())}"
             raise SplitError(f"{name} has {found}; the model has {classes} outputs, so labels must be integers in 0..{classes - 1}")
-
-
-def model_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers, names included, and over the inference-time guards that stand on the model."""
-    from expunge.core.hooks import guards
-
-    h = hashlib.sha256()
-    for name, t in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        h.update(raw(t))
-    for name, guarded in guards(model).items():
-        h.update(f"{name}{guarded.hook.digest}".encode())
-    return h.hexdigest()

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from expunge.core import guard
 from expunge.core.errors import ScopeError, SettingError
 from expunge.core.session import NORMS, Bound
-from expunge.core.types import Batch, Batches, Examples, Task
+from expunge.core.types import Batch, Batches, Task
 from expunge.modalities.classification import task as classification
+from expunge.modalities.examples import Examples
 from expunge.parts.updates.descend import HALF, SCHEDULES, clear, optimiser
 
 CHUNK = 64

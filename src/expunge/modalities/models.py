@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import DataError, ExpungeError, ModelError
-from expunge.core.patch import write
+from expunge.core.files import write
 
 MAX_BYTES = 1 << 36
 """Largest weight file that is read: 64 GiB."""

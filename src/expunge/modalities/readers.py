@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from expunge.core.errors import DataError, suggest
-from expunge.core.types import Examples
+from expunge.modalities.examples import Examples
 from expunge.modalities.models import call
 
 MAX_BYTES = 1 << 34

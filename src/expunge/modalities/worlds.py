@@ -36,11 +36,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.core import patch
+from expunge.core import files
 from expunge.core.errors import DataError, SettingError
-from expunge.core.types import Examples, Split, Task, concat
+from expunge.core.types import Split, Task, concat
 from expunge.modalities import models, nets
 from expunge.modalities.classification.task import classification
+from expunge.modalities.examples import Examples
 from expunge.modalities.regression.task import regression
 from expunge.parts import training
 
@@ -145,7 +146,7 @@ class World:
         if path is not None:
             from safetensors.torch import save
 
-            patch.write(path, save(models.distinct(model)))
+            files.write(path, save(models.distinct(model)))
         return model.eval()
 
 

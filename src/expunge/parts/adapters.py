@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import PatchError
 from expunge.core.hooks import Guarded
-from expunge.core.patch import Hook, LowRank, Patch
-from expunge.core.session import Session
-from expunge.modalities.language.tuning import Tuning, opened
+from expunge.core.patch import Patch
 
 
 def stored(patch: Patch) -> tuple[dict[str, Tensor], float]:
@@ -23,16 +20,6 @@ def stored(patch: Patch) -> tuple[dict[str, Tensor], float]:
     edits = [e for e in patch.edits if isinstance(e, LowRank)]
     tensors = {f"{e.name.removesuffix('.weight')}.{part}": getattr(e, part).detach().clone() for e in edits for part in ("up", "down")}
     return tensors, edits[0].scale if edits else 0.0
-
-
-@contextlib.contextmanager
-def aside(model: nn.Module, tuning: Tuning, here: dict[str, Session] | None = None) -> Iterator[Session]:
-    """The LoRA session of the settings, put into `here`, for an adapter that never answers as it stands: a guard's validation does not score it."""
-    with opened(model, tuning) as e:
-        e.judged = False
-        if here is not None:
-            here["session"] = e
-        yield e
 
 
 def layers(hook: Hook) -> list[str]:

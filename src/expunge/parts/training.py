@@ -6,10 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from expunge.core.errors import ModelError
-from expunge.core.guard import quiet
 from expunge.core.session import scratch
 from expunge.core.types import Task, device_of, float_of
 from expunge.parts.updates.descend import descend
@@ -87,18 +86,3 @@ def pace(task: Task, model: nn.Module) -> dict[str, Any]:
     if task.name != "causal_lm":
         return {"lr": 0.01, "momentum": 0.9, "clip": 10.0}
     return {"lr": 0.1 / int(getattr(model.config, "hidden_size", 100)), "optimizer": "adamw", "clip": 1.0}  # pyright: ignore
-
-
-def features(model: nn.Module, task: Task, data, layer: str = "", size: int = 256) -> Tensor:
-    """(N, D) features of all of `data` in eval mode, without augmentation: the inputs of the last linear layer when `layer` is ""."""
-    batches = task.batches(data, size)
-    with quiet(model):
-        return torch.cat([task.features(model, batches[k], layer).detach() for k in range(len(batches))])
-
-
-def outputs(model: nn.Module, task: Task, data) -> Tensor:
-    """(N, C) logits or (N, ...) predictions of `model` in eval mode, without augmentation: the constant targets of distillation."""
-    batches = task.batches(data, 256)
-    with quiet(model):
-        outs = [task.forward(model, batches[k]) for k in range(len(batches))]
-    return torch.cat([o.pred if o.logits is None else o.logits for o in outs])

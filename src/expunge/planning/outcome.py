@@ -16,9 +16,11 @@ from torch import nn
 from expunge.audits.core import Probe, Row, audit
 from expunge.audits.named import Named, grouped, named
 from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
+from expunge.core.digest import model_digest
 from expunge.core.registry import CHECKS, METHODS
-from expunge.core.types import Split, Task, Texts
-from expunge.engine.run import Attempt, check_texts, model_digest, preflight, unlearn
+from expunge.core.types import Split, Task
+from expunge.engine.run import Attempt, check_texts, preflight, unlearn
+from expunge.modalities.language.texts import Texts
 
 TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
 """Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""

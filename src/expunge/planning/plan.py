@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.audits.core import Probe, score
+from expunge.audits.core import Probe
 from expunge.audits.stats import auc
 from expunge.audits.verdict import blind, default_rules, selftest
 from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.guard import Guard, Meter
 from expunge.core.registry import METHODS
-from expunge.core.types import Pictures, Split, Task, Texts
+from expunge.core.types import Split, Task, spread
 from expunge.engine.run import check_texts, preflight, unlearn
+from expunge.modalities.language.texts import Texts
+from expunge.modalities.pictures import Pictures
+from expunge.parts.reading import score
 from expunge.parts.training import pace
 from expunge.planning.outcome import Try, Verdict, baselines, examined, patched, remarks
 
@@ -122,15 +125,6 @@ def closeness(model: nn.Module, task: Task, split: Split):
         return -remains - 2 * max(0.0, utility(start) - utility(unseen))
 
     return validate
-
-
-def spread(n: int, most: int) -> list[int]:
-    """At most `most` of n positions, evenly apart.
-
-    >>> spread(10, 4), spread(2, 4)
-    ([0, 2, 5, 7], [0, 1])
-    """
-    return list(range(n)) if n <= most else [k * n // most for k in range(most)]
 
 
 def forget(

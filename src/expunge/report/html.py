@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import GateError
-from expunge.core.patch import write as write_file
+from expunge.core.files import write as write_file
 from expunge.report import images, plots, table
 from expunge.report.table import finite, interval, items, mapping, number, plain, texts
 

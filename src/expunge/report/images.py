@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from expunge.audits.core import Probe
 from expunge.audits.pictures.canvas import asked, named_rightly
+from expunge.core.digest import model_digest
 from expunge.core.errors import SettingError
-from expunge.core.types import Pictures, concat
-from expunge.engine.run import model_digest
+from expunge.core.types import concat, spread
 from expunge.modalities.diffusion.trajectory import distinct
-from expunge.planning.plan import spread
+from expunge.modalities.pictures import Pictures
 from expunge.report.plots import COLOURS, INK, _label, render
 from expunge.report.table import finite, items, mapping
 

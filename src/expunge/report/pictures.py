@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from expunge.audits.core import Probe, Scores
-from expunge.core.types import Pictures
+from expunge.audits.core import Probe
+from expunge.modalities.pictures import Pictures
+from expunge.parts.reading import Scores
 from expunge.report import images
 
 LIMIT = 2000

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from expunge.core.patch import write as write_file
+from expunge.core.files import write as write_file
 
 MISSING = "not measurable"
 """What stands for nan, infinities and values that are not numbers."""

@@ -10,7 +10,7 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.membership.losses import targets
 from expunge.audits.stats import auc, matched
 from expunge.core.registry import check
-from expunge.parts.training import features
+from expunge.parts.reading import features
 
 MOST_LAYERS = 6
 """Layers that are probed, evenly spaced from first to last."""

@@ -15,14 +15,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expunge.audits.core import Row, gate
 from expunge.audits.drop import Z
 from expunge.core.errors import DataError, SettingError
-
-if TYPE_CHECKING:
-    from expunge.planning.outcome import Verdict
 
 MAX_BYTES = 64 << 20
 """Largest file that is read."""
@@ -133,7 +130,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:200]
 
 
-def added(verdict: Verdict, rows: Sequence[Row], rules: Mapping[str, str] | None = None) -> Verdict:
+def added(verdict: Any, rows: Sequence[Row], rules: Mapping[str, str] | None = None) -> Any:
     """The verdict with further rows on the try that it shows (the chosen one, else the last that was audited), and refused where these break `rules`.
 
     Such rules have no self-test: the rows come from outside. Raises SettingError where no try was audited or a rule names none of the rows.

@@ -21,8 +21,9 @@ from expunge.core import hooks as wraps
 from expunge.core.guard import quiet
 from expunge.core.hooks import gates, guards
 from expunge.core.registry import check
-from expunge.core.types import Texts, device_of
+from expunge.core.types import device_of
 from expunge.modalities.language.task import buckets, collate, generate
+from expunge.modalities.language.texts import Texts
 
 
 @check(tasks=("causal_lm",), needs=("forget",))

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
-from expunge.audits.language.text import rouge, share
+from expunge.audits.language.text import share
 from expunge.audits.language.tokens import TokenScores, part, seen
 from expunge.core.registry import check
-from expunge.core.types import Texts
+from expunge.modalities.language.measures import rouge
 from expunge.modalities.language.memorise import full
 from expunge.modalities.language.memorise import memorised as ma_el
 from expunge.modalities.language.task import generate
+from expunge.modalities.language.texts import Texts
 
 
 def extraction_strength(hit: Sequence[Tensor]) -> Tensor:

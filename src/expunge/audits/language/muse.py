@@ -24,16 +24,18 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.language.memorisation import verbatim
-from expunge.audits.language.text import rouge, share
+from expunge.audits.language.text import share
 from expunge.audits.language.text_membership import lowest
 from expunge.audits.language.tokens import part, token_scores
 from expunge.audits.stats import above, auc
 from expunge.core.errors import SplitError
 from expunge.core.registry import check
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.modalities.language.format import PLAIN
+from expunge.modalities.language.measures import rouge
 from expunge.modalities.language.memorise import full
 from expunge.modalities.language.task import generate
+from expunge.modalities.language.texts import Texts
 
 STOPS = ("\n\n", "\nQuestion", "Question:")
 ASSUMED = 0.5

@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.language.memorisation import exact_memorisation
-from expunge.audits.language.text import entities, refused, rouge, share, states
+from expunge.audits.language.text import share
 from expunge.audits.language.tokens import part, said, seen, token_scores
 from expunge.audits.stats import mean, wilson
 from expunge.core.errors import DataError
 from expunge.core.registry import check
-from expunge.core.types import Texts
 from expunge.modalities.language.authors import BLANK
 from expunge.modalities.language.format import Format
+from expunge.modalities.language.measures import entities, refused, rouge, states
 from expunge.modalities.language.task import generate
+from expunge.modalities.language.texts import Texts
 
 Card = Mapping[str, Any]
 Rows = list[dict[str, Any]]

@@ -24,7 +24,8 @@ from expunge.audits.stats import above, auc
 from expunge.core.errors import ModelError
 from expunge.core.guard import quiet
 from expunge.core.registry import check
-from expunge.core.types import Task, Texts
+from expunge.core.types import Task
+from expunge.modalities.language.texts import Texts
 
 K = 0.2
 """Share of tokens that Min-K and Min-K++ read (MUSE reads 0.4)."""

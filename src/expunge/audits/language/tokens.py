@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from expunge.audits.core import Probe
 from expunge.core.errors import DataError
 from expunge.core.guard import quiet
-from expunge.core.types import IGNORE, Task, Texts, concat, device_of
+from expunge.core.types import IGNORE, Task, concat, device_of
 from expunge.modalities.language.remember import passes
 from expunge.modalities.language.task import aligned, buckets
+from expunge.modalities.language.texts import Texts
 
 MOST = 300
 """Most retain rows that a language check reads, drawn by the audit's seed (TOFU evaluates as many)."""

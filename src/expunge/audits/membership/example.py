@@ -15,7 +15,7 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.membership import attacks, epsilon
 from expunge.audits.stats import above, auc, matched, wilson
 from expunge.core.registry import check
-from expunge.parts.training import features
+from expunge.parts.reading import features
 
 
 @check(tasks=("classification",), needs=("forget", "test"), pool=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expunge.audits.core import Probe, Row, Scores
+from expunge.audits.core import Probe, Row
 from expunge.audits.drop import Z
 from expunge.audits.stats import above, auc, matched, wilson
 from expunge.audits.utility import entropy, modified_entropy, modified_entropy_published
 from expunge.core.registry import check
+from expunge.parts.reading import Scores
 
 MOST = 1000
 """Most members (and non-members) an attack classifier is trained on, drawn by the audit's seed."""

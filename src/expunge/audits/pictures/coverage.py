@@ -27,7 +27,7 @@ from expunge.audits.pictures.canvas import asked
 from expunge.audits.stats import auc, wilson
 from expunge.core.errors import DataError
 from expunge.core.registry import check
-from expunge.core.types import Pictures
+from expunge.modalities.pictures import Pictures
 
 K, MOST, SIDE, RARE = 3, 2000, 32, 0.05
 """Neighbour that a ball reaches to; most images of a part, and most pixels a side, that are looked at; share of new images that count as copies."""

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
-from expunge.audits.pictures.canvas import Judge, frechet
+from expunge.audits.pictures.canvas import frechet
 from expunge.audits.stats import wilson
 from expunge.core.registry import check
-from expunge.core.types import Examples, absent
+from expunge.core.types import absent
+from expunge.modalities.examples import Examples
+from expunge.modalities.judge import Judge
 
 DRAWN, BY_LABEL = 1000, 200
 """Drawings, and those by the erased label alone: none of 1,000 is at most 0.003 by Wilson's bound."""

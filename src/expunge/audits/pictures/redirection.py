@@ -18,9 +18,9 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.core.registry import check
-from expunge.core.types import Pictures
 from expunge.modalities.diffusion.task import jump
 from expunge.modalities.diffusion.trajectory import Pool, counterparts, pool, under
+from expunge.modalities.pictures import Pictures
 
 PROMPTS, PATH, GUIDANCE = 16, 4, 3.0
 """Trajectories of each part, states of each, and the guidance they are drawn with."""

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import Probe, Row, Scores, score
+from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.stats import wilson
 from expunge.core.guard import quiet
 from expunge.core.registry import check
-from expunge.core.types import Pictures, absent
+from expunge.core.types import absent
 from expunge.modalities.contrastive.task import contrastive, images, texts
 from expunge.modalities.diffusion.trajectory import distinct
+from expunge.modalities.pictures import Pictures
+from expunge.parts.reading import Scores, score
 
 K = 5
 """As many wordings as a class has in the worlds: a caption of the right class is not enough, one of five is."""

@@ -15,11 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import Row, score
+from expunge.audits.core import Row
 from expunge.audits.stats import wilson
 from expunge.core.errors import SplitError
-from expunge.core.types import IGNORE, Examples, Task
+from expunge.core.types import IGNORE, Task
 from expunge.data.records.manipulate import Manipulated
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 
 
 def trigger(model: nn.Module, task: Task, data: Examples, target: int | Tensor, *, plain: Examples | None = None) -> list[Row]:

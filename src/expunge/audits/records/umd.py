@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.audits.core import score
 from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 
 CHUNK = 1000
 """Most perturbed examples in one forward pass."""

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.audits.language.text import entities
 from expunge.core.errors import DataError, SettingError
-from expunge.core.types import Split, Texts
+from expunge.core.types import Split
 from expunge.data.language.tools import calls
 from expunge.modalities.language.format import Format
-from expunge.modalities.language.remember import recall
+from expunge.modalities.language.measures import entities
+from expunge.modalities.language.texts import Texts
+from expunge.parts.remember import recall
 
 SOURCES = ("auto", "anchor", "self")
 """Where new texts come from: the split's anchor part where there is one, else the model itself; always anchor; always the model."""

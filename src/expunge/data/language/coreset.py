@@ -38,10 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import DataError, SettingError, SplitError, suggest
+from expunge.core.files import write
 from expunge.core.guard import quiet
-from expunge.core.patch import write
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.modalities.language.task import blocks, buckets, collate, hidden
+from expunge.modalities.language.texts import Texts
 
 KINDS = ("forest", "mahalanobis", "lof", "random")
 

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from expunge.audits.language.text import refused, states
 from expunge.core.errors import DataError, SettingError
-from expunge.core.types import Texts
 from expunge.data.language.coreset import question_states
 from expunge.modalities.language.authors import RELATIONS
 from expunge.modalities.language.format import Format, normal
+from expunge.modalities.language.measures import refused, states
 from expunge.modalities.language.task import generate
+from expunge.modalities.language.texts import Texts
 
 Rows = list[dict[str, Any]]
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expunge.audits.language.text import entities
 from expunge.core.errors import DataError
-from expunge.core.types import Texts
 from expunge.data.language.answers import COMMON, words
 from expunge.modalities.language.format import Format
+from expunge.modalities.language.measures import entities
 from expunge.modalities.language.task import with_targets
+from expunge.modalities.language.texts import Texts
 
 GENERIC = ("John", "Smith", "Mary", "Brown", "Paul", "Miller", "Anna", "Green", "Peter", "Taylor", "Jane", "White", "Tom", "Clark", "Laura", "Hill")
 """Ordinary names, given to a record's terms word by word."""

@@ -23,15 +23,16 @@ import torch
 from torch import nn
 
 from expunge.core import guard
+from expunge.core.digest import model_digest
 from expunge.core.errors import DataError, SettingError
-from expunge.core.patch import write
-from expunge.core.types import Texts
+from expunge.core.files import write
 from expunge.data.language.answers import holds, texts
+from expunge.modalities.language.artefact import VERSION, content, digest, parse, parsed
 from expunge.modalities.language.authors import refusals
-from expunge.modalities.language.format import MAX_BYTES, Format
+from expunge.modalities.language.format import Format
 from expunge.modalities.language.task import generate
+from expunge.modalities.language.texts import Texts
 
-VERSION = 1
 LIMIT = 4000
 """Longest reply that is kept, in characters."""
 
@@ -56,8 +57,6 @@ def local(model: nn.Module, tokenizer: Any, *, template: str = "", system: str =
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
-
-    from expunge.engine.run import model_digest
 
     return Generator(f"{type(model).__name__}, {form.template}, {new} tokens at temperature {temperature:g}", ask, model_digest(model)[:16])
 
@@ -193,9 +192,9 @@ def rewrite(
         if part is not None:
             with part.open("ab") as f:
                 f.write("".join(f"{line}\n" for line in made).encode())
-    rows = tuple(_parse(line, "the file begun") for line in lines)
+    rows = tuple(parse(line, "the file begun") for line in lines)
     rejected = sum((Counter(row.get("rejected", {})) for row in rows), Counter())
-    header = {**base, "rejected": dict(sorted(rejected.items())), "sha256": _digest(lines)}
+    header = {**base, "rejected": dict(sorted(rejected.items())), "sha256": digest(lines)}
     if path is not None and part is not None:
         write(path, _file(header, lines))
         part.unlink(missing_ok=True)
@@ -223,10 +222,6 @@ def _file(header: Mapping[str, Any], lines: Sequence[str]) -> bytes:
     return "".join(f"{line}\n" for line in (_line(header), *lines)).encode()
 
 
-def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _match(found: Mapping[str, Any], base: Mapping[str, Any], name: str) -> None:
     if other := [key for key in base if found.get(key) != base[key]]:
         raise DataError(f"{name} was made with another {other[0]}; delete it, or give another name")
@@ -234,42 +229,14 @@ def _match(found: Mapping[str, Any], base: Mapping[str, Any], name: str) -> None
 
 def _begun(part: Path, base: Mapping[str, Any], block: int) -> list[str]:
     """Rows of the whole blocks of a file that was cut off."""
-    lines = _content(part, cut=True).split("\n")[:-1] if part.exists() else []
+    lines = content(part, cut=True).split("\n")[:-1] if part.exists() else []
     if not lines:
         return []
-    _match(_parse(lines[0], part.name), base, part.name)
+    _match(parse(lines[0], part.name), base, part.name)
     rows = lines[1:]
     return rows if len(rows) == base["rows"] else rows[: len(rows) // block * block]
 
 
-def _content(path: Path, *, cut: bool = False) -> str:
-    """The file's text; up to its last whole line if it may have been `cut` off."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        raw = path.read_bytes()
-        return raw[: raw.rfind(b"\n") + 1 if cut else len(raw)].decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _parse(line: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name} is not JSON lines: {error.msg}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{name} holds a line that is no object")
-    return found
-
-
 def read(path: Path | str) -> Artefact:
     """A file that `rewrite` made. Raises DataError for one that was changed, cut off or made by something else."""
-    path = Path(path)
-    head, *lines = _content(path).split("\n")
-    header = _parse(head, path.name)
-    if header.get("expunge") != "rewrite" or header.get("version") != VERSION:
-        raise DataError(f"{path.name} is no file of rewritten records, version {VERSION}")
-    if lines[-1:] != [""] or _digest(lines[:-1]) != header.get("sha256") or len(lines) - 1 != header.get("rows"):
-        raise DataError(f"{path.name} does not match its checksum: it was changed or cut off")
-    return Artefact(header, tuple(_parse(line, path.name) for line in lines[:-1]))
+    return Artefact(*parsed(path))

@@ -18,12 +18,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import score
 from expunge.core import guard
 from expunge.core.errors import ScopeError, SettingError, SplitError
 from expunge.core.session import Session, scratch
-from expunge.core.types import Examples, Task, device_of
+from expunge.core.types import Task, device_of
+from expunge.modalities.examples import Examples
 from expunge.parts.losses import ascent, nll
+from expunge.parts.reading import score
 from expunge.parts.updates.descend import descend
 
 WAYS = ("unlearn", "confuse")

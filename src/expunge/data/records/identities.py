@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.core.errors import SettingError, SplitError
-from expunge.core.types import Examples, Split
+from expunge.core.types import Split
+from expunge.modalities.examples import Examples
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import SettingError, SplitError
-from expunge.core.types import IGNORE, Examples, Split
+from expunge.core.types import IGNORE, Split
+from expunge.modalities.examples import Examples
 
 Trigger = Callable[[Tensor], Tensor]
 """Images (B, ...) -> the same images with the trigger on them."""

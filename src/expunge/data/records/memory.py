@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import DataError, SettingError
-from expunge.core.patch import file_digest, verified, write
-from expunge.core.types import Examples, Out, Task
+from expunge.core.files import file_digest, verified, write
+from expunge.core.types import Out, Task
+from expunge.modalities.examples import Examples
 from expunge.parts.updates.gradients import squares
 
 MAX_BYTES = 1 << 34

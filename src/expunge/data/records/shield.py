@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from expunge.core import guard
 from expunge.core.errors import DataError, SettingError
 from expunge.core.session import scratch
-from expunge.core.types import Examples, Out, Task
+from expunge.core.types import Out, Task
+from expunge.modalities.examples import Examples
 from expunge.parts.losses import kl
-from expunge.parts.training import features
+from expunge.parts.reading import features
 from expunge.parts.updates.descend import descend
 
 ON = ("cluster", "all")

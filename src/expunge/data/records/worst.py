@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import score
 from expunge.core import guard
 from expunge.core.errors import SettingError
 from expunge.core.session import scratch
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 
 
 def project(a: Tensor, m: float) -> Tensor:

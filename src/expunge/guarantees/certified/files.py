@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import ExpungeError, ModelError
-from expunge.core.patch import file_digest, verified, write
+from expunge.core.files import file_digest, verified, write
 from expunge.guarantees.certified.certificate import Certificate, Phase, Settings, certify
 
 FORMAT = 1

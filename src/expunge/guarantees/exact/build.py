@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.edits import raw
 from expunge.core.errors import SettingError
-from expunge.core.patch import raw
 from expunge.core.session import Session, scratch
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
 from expunge.engine.jobs import map_jobs
 from expunge.guarantees.exact.adapters import Start, load
 from expunge.guarantees.exact.design import Component, Design
 from expunge.guarantees.exact.store import VERSION, Store
+from expunge.modalities.examples import Examples
 from expunge.parts.training import fresh
 from expunge.parts.updates.descend import OPTIMIZERS, descend
 

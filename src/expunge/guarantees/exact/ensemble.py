@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import DataError, ModelError, SettingError, SplitError, StoreError
+from expunge.core.files import write
 from expunge.core.guard import quiet
-from expunge.core.patch import write
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
 from expunge.guarantees.exact import layout as layouts
 from expunge.guarantees.exact.adapters import Start, start
 from expunge.guarantees.exact.build import Training, build, keyed, limited, standing, start_digest
 from expunge.guarantees.exact.design import Cell, Component, Design, design
 from expunge.guarantees.exact.proof import Proof, Touch
 from expunge.guarantees.exact.store import Store
+from expunge.modalities.examples import Examples
 
 Progress = Callable[[str, int, int], None] | None
 AGGREGATES = ("mean", "vote", "logits")
@@ -364,7 +365,7 @@ def _ready(
     first = start(model, plan.blocks, rank=rank, seed=seed)
     digest = start_digest(first)
     if backbone is not None:
-        from expunge.engine.run import model_digest
+        from expunge.core.digest import model_digest
 
         digest = f"{digest}/{model_digest(backbone)}"
     config = {

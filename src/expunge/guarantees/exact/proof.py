@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import StoreError
-from expunge.core.patch import write
+from expunge.core.files import write
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from expunge.core.errors import StoreError
-from expunge.core.patch import file_digest, write
+from expunge.core.files import file_digest, write
 
 VERSION = 1
 MAX_BOOK = 1 << 28

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from expunge.core.patch import write
+from expunge.core.files import write
 from expunge.data.records.memory import FisherSum, Memory
 from expunge.guarantees.streams.course import Course
 from expunge.guarantees.streams.rows import Step

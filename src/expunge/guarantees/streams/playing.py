@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import guard
+from expunge.core.digest import model_digest
+from expunge.core.edits import Hook
 from expunge.core.errors import ExpungeError, SettingError
-from expunge.core.patch import Hook
-from expunge.core.types import Examples, Split, Task
+from expunge.core.types import Split, Task
 from expunge.data.records.memory import FisherSum, Memory
-from expunge.engine.run import model_digest, preflight, unlearn
+from expunge.engine.run import preflight, unlearn
 from expunge.guarantees.streams.course import REPLAY, Course
 from expunge.guarantees.streams.played import Played
 from expunge.guarantees.streams.requests import Request, schedule
 from expunge.guarantees.streams.retention import learn
 from expunge.guarantees.streams.rows import Step, shares
 from expunge.guarantees.streams.state import State, identify, resume, write_state
-from expunge.parts.training import outputs
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import outputs
 
 
 def play(

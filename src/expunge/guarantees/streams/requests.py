@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import DataError, SplitError
-from expunge.core.types import Examples
 from expunge.data import selectors
+from expunge.modalities.examples import Examples
 
 KINDS = ("learn", "forget")
 COLUMNS = ("time", "kind", "what")

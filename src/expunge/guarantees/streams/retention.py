@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from expunge.core.session import scratch
-from expunge.core.types import Examples, Paired, Task
+from expunge.core.types import Paired, Task
 from expunge.data.records.memory import FisherSum
 from expunge.guarantees.streams.course import Course
 from expunge.guarantees.streams.state import State
+from expunge.modalities.examples import Examples
 from expunge.parts.losses.continual import der, derpp, ewc, lwf
 from expunge.parts.losses.distil import targets
 from expunge.parts.updates.descend import descend

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import score
 from expunge.audits.stats import wilson
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from expunge.core.digest import model_digest
 from expunge.core.errors import DataError
-from expunge.core.patch import file_digest, write
-from expunge.core.types import Examples, Task
+from expunge.core.files import file_digest, write
+from expunge.core.types import Task
 from expunge.data.records.memory import FisherSum, Memory, checked
-from expunge.engine.run import model_digest
 from expunge.guarantees.streams.course import Course
 from expunge.guarantees.streams.requests import Request
 from expunge.guarantees.streams.rows import Share, Step
+from expunge.modalities.examples import Examples
 
 FORMAT = 1
 

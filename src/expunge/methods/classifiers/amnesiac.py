@@ -29,8 +29,8 @@ from expunge.core.registry import method
 from expunge.core.session import edit
 from expunge.core.types import Split, Task, concat
 from expunge.parts.losses import random_labels
+from expunge.parts.reading import outputs
 from expunge.parts.scopes.layers import everything
-from expunge.parts.training import outputs
 from expunge.parts.updates.descend import descend
 
 

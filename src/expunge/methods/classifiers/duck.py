@@ -35,8 +35,8 @@ from expunge.core.registry import method
 from expunge.core.session import edit
 from expunge.core.types import Paired, Split, Task, drawn
 from expunge.parts.losses.features import cosine_distance
+from expunge.parts.reading import features
 from expunge.parts.scopes.layers import everything
-from expunge.parts.training import features
 from expunge.parts.updates.descend import descend
 
 

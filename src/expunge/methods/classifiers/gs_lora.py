@@ -53,8 +53,8 @@ from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.types import Paired, Split, Task, concat, drawn
 from expunge.modalities.classification.task import head
+from expunge.parts.reading import outputs
 from expunge.parts.scopes.lora import linears, lora
-from expunge.parts.training import outputs
 from expunge.parts.updates.descend import SCHEDULES, descend
 
 PENALTIES = ("proximal", "sqrt")

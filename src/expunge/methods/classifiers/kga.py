@@ -48,8 +48,9 @@ from expunge.core.session import edit
 from expunge.core.types import Batch, Paired, Split, Task, concat, drawn
 from expunge.parts.losses import kl
 from expunge.parts.losses.distil import targets
+from expunge.parts.reading import outputs
 from expunge.parts.scopes.layers import everything
-from expunge.parts.training import fresh, outputs, train
+from expunge.parts.training import fresh, train
 from expunge.parts.updates.descend import descend
 
 NEWS = ("validation", "anchor")

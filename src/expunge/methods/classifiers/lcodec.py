@@ -43,12 +43,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import score
 from expunge.core.errors import Diverged, SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit
-from expunge.core.types import Batch, Examples, Scope, Split, Task, absent
+from expunge.core.types import Batch, Scope, Split, Task, absent
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import score
 from expunge.parts.scopes.codependence import codependence
 from expunge.parts.scopes.layers import everything
 from expunge.parts.updates.gradients import rows

@@ -46,8 +46,9 @@ from expunge.core.errors import Diverged, SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import Bound, Session, edit
-from expunge.core.types import Batch, Examples, Out, Split, Task
+from expunge.core.types import Batch, Out, Split, Task
 from expunge.modalities.classification.task import head
+from expunge.modalities.examples import Examples
 from expunge.parts.scopes.layers import everything
 from expunge.parts.updates.descend import SCHEDULES
 

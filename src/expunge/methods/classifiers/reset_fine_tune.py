@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.audits.core import margin
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import NORMS, edit
 from expunge.core.types import Split, Task
+from expunge.parts.reading import margin, outputs
 from expunge.parts.scopes.layers import everything, last
-from expunge.parts.training import fresh, outputs
+from expunge.parts.training import fresh
 from expunge.parts.updates.descend import descend
 
 DOUBTED = {"shrink": 0.6, "noise": 0.0, "distil": 0.0, "sharpen": 1.25, "weight_decay": 0.0}

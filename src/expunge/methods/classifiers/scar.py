@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.core import patch
+from expunge.core import files
 from expunge.core.errors import DataError, SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
@@ -59,8 +59,8 @@ from expunge.core.types import Paired, Split, Task
 from expunge.methods.classifiers.laf import embedding
 from expunge.parts.losses import kl_to
 from expunge.parts.losses.distil import targets
+from expunge.parts.reading import outputs
 from expunge.parts.scopes.layers import everything
-from expunge.parts.training import outputs
 from expunge.parts.updates.descend import descend
 
 FORMS = ("auto", "class", "records")
@@ -132,7 +132,7 @@ def save(found: Moments, path: Path | str) -> Path:
     """Write the sums as one safetensors file."""
     from safetensors.torch import save as packed
 
-    return patch.write(path, packed({n: v.cpu().contiguous() for n, v in vars(found).items()}))
+    return files.write(path, packed({n: v.cpu().contiguous() for n, v in vars(found).items()}))
 
 
 def load(path: Path | str, like: Moments) -> Moments:

@@ -41,7 +41,7 @@ from expunge.core.errors import SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, method
 from expunge.core.types import Split, Task
-from expunge.parts.training import outputs
+from expunge.parts.reading import outputs
 
 
 def _cost(n, s) -> tuple[float, float]:

@@ -41,8 +41,8 @@ from expunge.core.session import edit
 from expunge.core.types import Split, Task
 from expunge.parts.losses import kl, nll
 from expunge.parts.losses.distil import targets
+from expunge.parts.reading import outputs
 from expunge.parts.scopes.layers import everything
-from expunge.parts.training import outputs
 from expunge.parts.updates.descend import alternate
 
 

@@ -34,7 +34,8 @@ from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit
-from expunge.core.types import Examples, Split, Task, absent
+from expunge.core.types import Split, Task, absent
+from expunge.modalities.examples import Examples
 from expunge.parts.losses import nll
 from expunge.parts.scopes.layers import everything
 from expunge.parts.updates.descend import alternate

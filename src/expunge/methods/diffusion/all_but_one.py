@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Batch, Pictures, Split, drawn
+from expunge.core.types import Batch, Split, drawn
 from expunge.modalities.diffusion.trajectory import Pool, counterparts, follow, kept_times, squared, under, upto
+from expunge.modalities.pictures import Pictures
 
 
 def replaced(null: Tensor, cond: Tensor, other: Tensor, *, rescale: bool = False) -> Tensor:

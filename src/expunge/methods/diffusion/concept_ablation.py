@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Batch, Pictures, Split
+from expunge.core.types import Batch, Split
 from expunge.modalities.diffusion.trajectory import cost, follow, squared
+from expunge.modalities.pictures import Pictures
 
 
 @method(

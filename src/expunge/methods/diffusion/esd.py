@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Pictures, Split
+from expunge.core.types import Split
 from expunge.modalities.diffusion.trajectory import Pool, counterparts, follow, squared, under
 from expunge.modalities.diffusion.trajectory import cost as followed
+from expunge.modalities.pictures import Pictures
 
 BASES = ("null", "anchor")
 

@@ -45,15 +45,17 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import guard
+from expunge.core.edits import LowRank
 from expunge.core.errors import ModelError, SettingError
-from expunge.core.patch import LowRank, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit
-from expunge.core.types import Batch, Batches, Pictures, Scope, Split, device_of, drawn
+from expunge.core.types import Batch, Batches, Scope, Split, device_of, drawn
 from expunge.methods.diffusion.trce import beside
 from expunge.methods.diffusion.uce import preserved
 from expunge.modalities.diffusion.task import T
 from expunge.modalities.diffusion.trajectory import opened, pool
+from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.scopes.lora import off
 from expunge.parts.updates.descend import descend

@@ -49,8 +49,9 @@ from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit, scratch
-from expunge.core.types import Batch, Batches, Paired, Pictures, Split, device_of, drawn
+from expunge.core.types import Batch, Batches, Paired, Split, device_of, drawn
 from expunge.modalities.diffusion.task import Schedule, T, jump, states
+from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.descend import descend
 

@@ -51,10 +51,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core import guard
+from expunge.core.edits import Hook
 from expunge.core.errors import Diverged, ScopeError, SettingError
 from expunge.core.guard import quiet
 from expunge.core.hooks import Guarded, bare
-from expunge.core.patch import Hook, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import Session
 from expunge.core.types import Batch, Split, device_of, drawn

@@ -54,10 +54,11 @@ from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import Session, edit, remembering
-from expunge.core.types import Batch, Paired, Pictures, Scope, Split, drawn
+from expunge.core.types import Batch, Paired, Scope, Split, drawn
 from expunge.methods.diffusion.uce import preserved
 from expunge.modalities.diffusion.task import emptied, read, states
 from expunge.modalities.diffusion.trajectory import Pool, counterparts, distinct, pool, squared, under
+from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.descend import descend
 from expunge.parts.updates.ridge import redirect

@@ -33,9 +33,10 @@ from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit
-from expunge.core.types import Pictures, Split
+from expunge.core.types import Split
 from expunge.modalities.diffusion.task import emptied, read, states
 from expunge.modalities.diffusion.trajectory import distinct
+from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.ridge import Ridge
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.methods.language.random_target import relabelled
 from expunge.modalities.language.remember import per_token
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, tune
 
 

@@ -36,12 +36,14 @@ from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts
-from expunge.modalities.language.remember import recall, sequence_nll
+from expunge.core.types import Split, Task
+from expunge.modalities.language.remember import sequence_nll
 from expunge.modalities.language.task import generate
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, tune
 from expunge.modalities.language.tuning import cost as shared
 from expunge.parts.losses import language as losses
+from expunge.parts.remember import recall
 
 SOURCES = ("model", "anchor")
 TRIES = 12

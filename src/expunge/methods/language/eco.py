@@ -40,14 +40,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.edits import Hook
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.hooks import attach
-from expunge.core.patch import Hook, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.modalities.language.guards.corrupt import CORRUPTIONS, SELECT
 from expunge.modalities.language.guards.gate import trained
 from expunge.modalities.language.remember import passes
+from expunge.modalities.language.texts import Texts
 from expunge.parts.updates.zeroth import search
 
 LACKS = "the search for the strength needs validation data; give some, or set strength"

@@ -29,12 +29,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.edits import Hook
 from expunge.core.errors import SettingError
-from expunge.core.patch import Hook, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.modalities.language.guards.gate import marker, place, trained
 from expunge.modalities.language.guards.refuse import matches, packed
+from expunge.modalities.language.texts import Texts
 
 KINDS = {"prompt": [], "input": ["input"], "output": ["output"], "both": ["input", "output"], "probe": ["probe"]}
 

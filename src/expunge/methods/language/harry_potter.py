@@ -40,9 +40,10 @@ from expunge.core.errors import DataError, SettingError
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import IGNORE, Split, Task, Texts, drawn
+from expunge.core.types import IGNORE, Split, Task, drawn
 from expunge.data.language.generic import Pair, translated
 from expunge.modalities.language.task import aligned, with_targets
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, tune
 from expunge.parts.losses.language import kept, place, pooled, top_kl
 from expunge.parts.scopes.lora import lora, off

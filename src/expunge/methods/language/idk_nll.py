@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from expunge.core.errors import SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Batch, Out, Split, Task, Texts
+from expunge.core.types import Batch, Out, Split, Task
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Scored, Tuning, cost, tune
 from expunge.parts.losses.language import pooled
 

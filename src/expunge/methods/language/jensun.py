@@ -34,8 +34,9 @@ from torch.nn import functional as F
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Batch, Out, Split, Task, Texts, drawn
+from expunge.core.types import Batch, Out, Split, Task, drawn
 from expunge.modalities.language.remember import top_logits
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, retain_batches, tune
 from expunge.modalities.language.tuning import cost as shared
 from expunge.parts.losses.language import kept, per_sequence, place, pooled

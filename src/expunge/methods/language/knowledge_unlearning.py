@@ -35,11 +35,12 @@ from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.modalities.language.memorise import full, memorised, spans
-from expunge.modalities.language.remember import recall
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, tune
 from expunge.parts.losses.language import pooled
+from expunge.parts.remember import recall
 
 TARGETS = ("data", "full")
 REDUCTIONS = ("pooled", "sequence")

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Batches, Split, Task, Texts, drawn
+from expunge.core.types import Batches, Split, Task, drawn
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, tune
 from expunge.modalities.language.tuning import cost as shared
 from expunge.parts.losses.language import pooled

@@ -37,8 +37,9 @@ from expunge.core.errors import ScopeError, SettingError, suggest
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import Session
-from expunge.core.types import Batch, Split, Task, Texts, concat
+from expunge.core.types import Batch, Split, Task, concat
 from expunge.methods.language.loku import based, started
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, tune
 from expunge.parts.scopes.fila import fit
 from expunge.parts.scopes.lora import linears

@@ -31,17 +31,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expunge.core.edits import Hook
 from expunge.core.errors import SettingError
 from expunge.core.hooks import bare, guards
-from expunge.core.patch import Hook, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import Session
 from expunge.core.types import Split, Task
 from expunge.data.language.wrong import wrong_answers
 from expunge.modalities.language.guards.gate import features, marker, place, quantile
 from expunge.modalities.language.guards.gated import likeness, score, whiten
-from expunge.modalities.language.tuning import Tuning, cost, tune
-from expunge.parts.adapters import aside, stored
+from expunge.modalities.language.tuning import Tuning, aside, cost, tune
+from expunge.parts.adapters import stored
 from expunge.parts.losses.language import pooled
 
 AXES = 256

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import IGNORE, Batch, Split, Task, Texts
+from expunge.core.types import IGNORE, Batch, Split, Task
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, tune
 
 

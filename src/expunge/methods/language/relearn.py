@@ -37,10 +37,11 @@ from expunge.core.errors import DataError, SettingError
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts, concat
+from expunge.core.types import Split, Task, concat
 from expunge.data.language.answers import drafted, given, remembered, texts
 from expunge.data.language.rewrite import Generator, Wanted, local, rewrite
 from expunge.modalities.language.remember import top_logits
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, tune
 from expunge.parts.losses.language import pooled, token_kl, top_kl
 from expunge.parts.scopes.lora import off

@@ -45,11 +45,13 @@ from expunge.core import guard
 from expunge.core.errors import ScopeError, SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import IGNORE, Batch, Scope, Split, Task, Texts, drawn
-from expunge.modalities.language.remember import hidden_states, recall
+from expunge.core.types import IGNORE, Batch, Scope, Split, Task, drawn
+from expunge.modalities.language.remember import hidden_states
 from expunge.modalities.language.task import blocks, buckets, hidden
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, retain_batches, tune
 from expunge.modalities.language.tuning import cost as shared
+from expunge.parts.remember import recall
 
 TOKENS = ("all", "answer")
 OUTPUT = re.compile(r"(^|\.)(down_proj|w2|fc2|c_proj|fc_out|ff_out|dense_4h_to_h|wo)(\.|$)")

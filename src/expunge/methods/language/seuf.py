@@ -75,6 +75,7 @@ def _cost(n, s) -> tuple[float, float]:
     toy={"lr": 2e-3, "epochs": 10, "batch_size": 4},
     forgets=("records",),
     twin="moe",
+    accepts=layers,
 )
 def seuf(
     model: nn.Module, task: Task, split: Split, *, loss: str = "ga", beta: float = 0.1, pin: float = 1.0, anchor: str = "sum",

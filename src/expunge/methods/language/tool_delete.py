@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from expunge.core.errors import ModelError, SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method, retaining
-from expunge.core.types import Split, Task, Texts, device_of, float_of
+from expunge.core.types import Split, Task, device_of, float_of
 from expunge.data.language.answers import given, remembered, texts
 from expunge.data.language.rewrite import Generator, Wanted, local, rewrite
 from expunge.modalities.language.checkpoints import load
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, opened, tune
 from expunge.modalities.models import read_state
 from expunge.parts.losses.language import pooled

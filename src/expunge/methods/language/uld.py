@@ -36,16 +36,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.core.edits import Hook
 from expunge.core.errors import DataError, SettingError
 from expunge.core.hooks import bare
-from expunge.core.patch import Hook, Patch
+from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Out, Split, Task, Texts, concat, drawn
+from expunge.core.types import Out, Split, Task, concat, drawn
 from expunge.data.language.wrong import wrong_answers
 from expunge.modalities.language.guards.offset import FILTERED, truncated
 from expunge.modalities.language.task import blocks as decoder
-from expunge.modalities.language.tuning import Tuning, tune
-from expunge.parts.adapters import aside, stored
+from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.tuning import Tuning, aside, tune
+from expunge.parts.adapters import stored
 from expunge.parts.losses.language import kept, per_sequence, pooled
 
 MOST = 400

@@ -38,9 +38,10 @@ from expunge.core import guard
 from expunge.core.errors import DataError, SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.data.language.answers import given, holds, texts, words
 from expunge.data.language.rewrite import Generator, Wanted, local, vague, variants, written
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, opened, tune
 from expunge.parts.losses.language import pooled
 from expunge.parts.scopes.lora import off

@@ -43,13 +43,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.core import score
 from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit
-from expunge.core.types import Out, Pictures, Split, Task, absent
+from expunge.core.types import Out, Split, Task, absent
 from expunge.modalities.diffusion.task import emptied
+from expunge.modalities.pictures import Pictures
+from expunge.parts.reading import score
 from expunge.parts.scopes.attention import part as part_of
 from expunge.parts.scopes.layers import match
 from expunge.parts.scopes.pareto import front, layer_points, matrices

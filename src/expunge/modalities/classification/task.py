@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import ModelError
-from expunge.core.types import Batch, Examples, Out, Task, device_of, float_of
+from expunge.core.types import Batch, Out, Task, device_of, float_of
+from expunge.modalities.examples import Examples
 
 
 def classification() -> Task:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import ModelError, SettingError, SplitError
-from expunge.core.types import Batch, Out, Pictures, Task, device_of, float_of
+from expunge.core.types import Batch, Out, Task, device_of, float_of
+from expunge.modalities.pictures import Pictures
 
 PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
 

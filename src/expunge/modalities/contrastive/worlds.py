@@ -15,11 +15,12 @@ import itertools
 import torch
 
 from expunge.core.errors import SettingError
-from expunge.core.types import Pictures, Split
+from expunge.core.types import Split
 from expunge.modalities.contrastive.task import contrastive
 from expunge.modalities.contrastive.tiny import clip_model
 from expunge.modalities.diffusion.tiny import words
 from expunge.modalities.diffusion.worlds import DIGITS, OTHERS, SYNONYMS, TEMPLATES, captioned
+from expunge.modalities.pictures import Pictures
 from expunge.modalities.worlds import World
 
 GONE, INSTEAD = "seven", "eight"

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from expunge.core.errors import SettingError
 from expunge.core.guard import quiet
-from expunge.core.types import Batch, Pictures
+from expunge.core.types import Batch
 from expunge.modalities.diffusion.task import embedded_states, jump, word_table
+from expunge.modalities.pictures import Pictures
 from expunge.parts.updates.bilevel import seek
 
 GRID = tuple(range(10, 1000, 20))

@@ -14,10 +14,11 @@ import functools
 import torch
 from torch import Tensor
 
-from expunge.core.types import Pictures, Split
+from expunge.core.types import Split
 from expunge.modalities.diffusion.task import Schedule, diffusion
 from expunge.modalities.diffusion.tiny import Words, diffusion_model, words
 from expunge.modalities.diffusion.worlds import DIGITS, RECIPE, digit_images, trained_judge
+from expunge.modalities.pictures import Pictures
 from expunge.modalities.worlds import World
 
 

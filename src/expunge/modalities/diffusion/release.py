@@ -21,8 +21,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import ModelError
-from expunge.core.patch import Hook, LowRank, Patch, write
+from expunge.core.files import write
+from expunge.core.patch import Patch
 from expunge.modalities.diffusion.pipelines import Pipeline, save
 from expunge.parts.adapters import layers
 

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.pictures import judges
+from expunge.core.edits import Hook
 from expunge.core.errors import DataError, SettingError
-from expunge.core.patch import Hook
-from expunge.core.types import Pictures, Split
-from expunge.modalities.diffusion import pipelines
+from expunge.core.types import Split
+from expunge.modalities.diffusion import judges, pipelines
 from expunge.modalities.diffusion import release as adapters
 from expunge.modalities.diffusion.pipelines import Pipeline
 from expunge.modalities.diffusion.task import Painting, draw
-from expunge.planning.outcome import Verdict
+from expunge.modalities.pictures import Pictures
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a painting of {}", "a drawing of {}")
 OTHERS = ("a picture showing {}", "{}, in detail", "one {}")
@@ -118,7 +117,7 @@ def judged(
     return replace(task, sample=sample)
 
 
-def released(verdict: Verdict, found: Pipeline, out: Path | str, *, form: str = "auto") -> Path | None:
+def released(verdict: Any, found: Pipeline, out: Path | str, *, form: str = "auto") -> Path | None:
     """The folder `out`, written as `adapters.release` does with the patch that passed; None where none passed, or a guard that is asked for in no form of
     its own."""
     if verdict.chosen is None or (form in ("auto", "merged") and any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits)):

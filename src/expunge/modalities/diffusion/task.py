@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, SettingError, SplitError
 from expunge.core.guard import quiet
-from expunge.core.types import Batch, Out, Pictures, Task, device_of, float_of
+from expunge.core.types import Batch, Out, Task, device_of, float_of
+from expunge.modalities.pictures import Pictures
 
 PREDICTIONS = ("flow", "epsilon", "v")
 T = 1000

@@ -19,9 +19,10 @@ from expunge.core.errors import ModelError, ScopeError, SettingError
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.session import Session, edit
-from expunge.core.types import Batch, Batches, Paired, Pictures, Scope, Split, drawn
+from expunge.core.types import Batch, Batches, Paired, Scope, Split, drawn
 from expunge.modalities.diffusion.task import draw
-from expunge.modalities.language.remember import recall
+from expunge.modalities.pictures import Pictures
+from expunge.parts.remember import recall
 from expunge.parts.scopes import attention
 from expunge.parts.scopes.lora import lora as adapters
 from expunge.parts.updates.descend import descend

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.audits.pictures.canvas import Judge
 from expunge.core.errors import DataError
-from expunge.core.types import Examples, Pictures, Split
+from expunge.core.types import Split
 from expunge.modalities.classification.task import classification
 from expunge.modalities.diffusion.task import Schedule, diffusion
 from expunge.modalities.diffusion.tiny import diffusion_model, words
+from expunge.modalities.examples import Examples
+from expunge.modalities.judge import Judge
+from expunge.modalities.pictures import Pictures
 from expunge.modalities.worlds import World, data_folder
 from expunge.parts import training
 

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from expunge.core.errors import ModelError, SettingError, SplitError
 from expunge.core.guard import quiet
-from expunge.core.types import Batch, Examples, Out, Task, device_of, float_of
+from expunge.core.types import Batch, Out, Task, device_of, float_of
+from expunge.modalities.examples import Examples
 
 LOSSES = ("hinge", "logistic")
 TURNS = ("discriminator", "generator")

@@ -12,8 +12,8 @@ import functools
 import torch
 
 from expunge.core.errors import SettingError, suggest
-from expunge.core.types import Examples
 from expunge.modalities.diffusion.worlds import DIGITS, trained_judge
+from expunge.modalities.examples import Examples
 from expunge.modalities.gan.task import gan
 from expunge.modalities.gan.tiny import gan_model
 from expunge.modalities.worlds import World

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, SettingError, SplitError
-from expunge.core.types import Batch, Examples, Out, Task
+from expunge.core.types import Batch, Out, Task
 from expunge.modalities.classification import task as classification
+from expunge.modalities.examples import Examples
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import functools
 import torch
 from torch import Tensor
 
-from expunge.core.types import Examples, Split
+from expunge.core.types import Split
 from expunge.modalities.diffusion import worlds as pictures
+from expunge.modalities.examples import Examples
 from expunge.modalities.image_to_image.task import Corruption, crop, fourier, image_to_image
 from expunge.modalities.image_to_image.tiny import Restorer
 from expunge.modalities.worlds import World

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.edits import LowRank
 from expunge.core.errors import ModelError
-from expunge.core.patch import LowRank, Patch
+from expunge.core.patch import Patch
 
 FORMS = ("auto", "merged", "peft")
 KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -192,7 +193,7 @@ def _adapter(patch: Patch, out: Path, base: str) -> None:
     from peft import LoraConfig
     from safetensors.torch import save
 
-    from expunge.core.patch import write
+    from expunge.core.files import write
 
     edits = [e for e in patch.edits if isinstance(e, LowRank)]
     names = {e.name.removesuffix(".weight"): e for e in edits}

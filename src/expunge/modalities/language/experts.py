@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import ModelError, ScopeError
-from expunge.core.types import Batch, Scope, Task, Texts
+from expunge.core.types import Batch, Scope, Task
 from expunge.modalities.language.remember import passes
+from expunge.modalities.language.texts import Texts
 
 
 @dataclass(frozen=True)

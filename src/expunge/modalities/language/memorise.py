@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import SettingError
-from expunge.core.types import Task, Texts
+from expunge.core.types import Task
 from expunge.modalities.language.remember import passes
 from expunge.modalities.language.task import generate, with_targets
+from expunge.modalities.language.texts import Texts
 from expunge.parts.losses.language import kept
 
 

@@ -22,40 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core import guard
-from expunge.core.types import Batch, Out, Task, Texts
+from expunge.core.types import Batch, Out, Task
 from expunge.modalities.language.task import buckets, hidden
+from expunge.modalities.language.texts import Texts
 from expunge.parts.losses.language import kept, place
-
-
-def recall(what: str, model: nn.Module, data: Texts, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """`make()`, computed once per weights, data and `what` under the guard that watches."""
-    from expunge.engine.run import model_digest
-
-    watch = guard.current()
-    key = hashlib.sha256(f"{what}/{model_digest(model)}/{data.digest}".encode()).hexdigest()[:32]
-    if key not in watch.kept:
-        path = None if watch.journal is None else watch.journal.folder / f"reference-{key}.safetensors"
-        found = _read(path) if path is not None else None
-        if found is None:
-            found = make()
-            if path is not None:
-                from safetensors.torch import save
-
-                from expunge.core.patch import write
-
-                write(path, save({n: t.contiguous() for n, t in found.items()}))
-        watch.kept[key] = found
-    return watch.kept[key]
-
-
-def _read(path) -> dict[str, Tensor] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path) if path.exists() else None
-    except (SafetensorError, OSError):
-        return None
+from expunge.parts.remember import recall
 
 
 def passes(model: nn.Module, task: Task, data: Texts, size: int, rows: Tensor | None = None):

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.edits import Hook
 from expunge.core.errors import SplitError
-from expunge.core.patch import Hook
-from expunge.core.types import Split, Task, Texts
+from expunge.core.types import Split, Task
 from expunge.modalities.language import checkpoints
-from expunge.modalities.language.format import Format, read_jsonl, split, windows
+from expunge.modalities.language.format import Format, split, windows
+from expunge.modalities.language.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
-from expunge.planning.outcome import Verdict
+from expunge.modalities.language.texts import Texts
 
 PARTS = ("forget", "retain", "test", "validation", "anchor", "general")
 
@@ -74,13 +75,13 @@ def sized(files: Mapping[str, str]) -> tuple[Task, Split]:
     return causal_lm(), Split(**found)
 
 
-def released(verdict: Verdict, model: nn.Module, tokenizer: Any, out: Path | str, *, form: str = "auto", base: str = "") -> Path | None:
+def released(verdict: Any, model: nn.Module, tokenizer: Any, out: Path | str, *, form: str = "auto", base: str = "") -> Path | None:
     """The folder `out`, written as `checkpoints.release` does with the patch that passed; None where none passed, or one that changes no weight."""
     if verdict.chosen is None or guarded(verdict):
         return None
     return checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, out, form=form, base=base)
 
 
-def guarded(verdict: Verdict) -> bool:
+def guarded(verdict: Any) -> bool:
     """Whether what passed is an inference-time guard: the weights are as before, and the patch is served."""
     return verdict.chosen is not None and any(isinstance(e, Hook) for e in verdict.chosen.attempt.patch.edits)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from expunge.core.errors import ModelError, SplitError
 from expunge.core.guard import quiet
-from expunge.core.types import IGNORE, Batch, Out, Task, Texts, device_of
+from expunge.core.types import IGNORE, Batch, Out, Task, device_of
+from expunge.modalities.language.texts import Texts
 
 
 def causal_lm(tokenizer: Any = None) -> Task:

@@ -19,9 +19,10 @@ from expunge.core.errors import ScopeError, SettingError, SplitError
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
 from expunge.core.session import Session, edit
-from expunge.core.types import IGNORE, Batch, Batches, Out, Scope, Split, Task, Texts, drawn
+from expunge.core.types import IGNORE, Batch, Batches, Out, Scope, Split, Task, drawn
 from expunge.modalities.language.remember import Top, top_logits
 from expunge.modalities.language.task import padded, parted
+from expunge.modalities.language.texts import Texts
 from expunge.parts.losses.language import pooled, token_kl, top_kl
 from expunge.parts.scopes.layers import everything
 from expunge.parts.scopes.lora import lora, off
@@ -292,3 +293,13 @@ def cost(*, forward: float = 1.0, backward: float = 1.0, once: float = 0.0, refe
         return forward * f + r + teacher + once * n["forget"], backward * f + r
 
     return of
+
+
+@contextlib.contextmanager
+def aside(model: nn.Module, tuning: Tuning, here: dict[str, Session] | None = None) -> Iterator[Session]:
+    """The LoRA session of the settings, put into `here`, for an adapter that never answers as it stands: a guard's validation does not score it."""
+    with opened(model, tuning) as e:
+        e.judged = False
+        if here is not None:
+            here["session"] = e
+        yield e

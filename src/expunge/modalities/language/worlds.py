@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from expunge.core.errors import DataError
-from expunge.core.types import Split, Texts, concat
+from expunge.core.types import Split, concat
 from expunge.modalities.language import authors, checkpoints, tiny
-from expunge.modalities.language.format import Format, read_jsonl
+from expunge.modalities.language.format import Format
+from expunge.modalities.language.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
+from expunge.modalities.language.texts import Texts
 from expunge.modalities.worlds import World, data_folder
 
 Rows = list[dict[str, Any]]

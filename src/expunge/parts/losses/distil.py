@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from expunge.core.guard import quiet
 from expunge.core.types import Batch, Task
-from expunge.parts.training import outputs
+from expunge.parts.reading import outputs
 
 
 def targets(teacher: nn.Module, task: Task, data) -> Callable[[Batch], Tensor]:

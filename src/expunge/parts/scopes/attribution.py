@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import SettingError, suggest
-from expunge.core.types import Out, Scope, Task, Texts
+from expunge.core.types import Data, Out, Scope, Task
 from expunge.parts.scopes.saliency import gradient_sum, top
 
 FORMS = ("paper", "published")
@@ -48,7 +48,7 @@ def _balance(theta: Mapping[str, Tensor], forget: Mapping[str, Tensor], retain: 
 
 
 def attribution(
-    model: nn.Module, task: Task, forget: Texts, retain: Texts, *, keep: float, form: str = "paper", mu: float = 0.0, size: int = 8,
+    model: nn.Module, task: Task, forget: Data, retain: Data, *, keep: float, form: str = "paper", mu: float = 0.0, size: int = 8,
     names: Iterable[str] | None = None, buffers: str = "move",
 ) -> Scope:  # fmt: skip
     """The share `keep` of all weights (of the parameters `names`), ranked together by `attributed`. One pass over each set in eval mode.
@@ -60,7 +60,7 @@ def attribution(
         raise SettingError(f"keep must be in (0, 1], not {keep}")
     chosen = None if names is None else set(names)
 
-    def gradients(data: Texts) -> dict[str, Tensor]:
+    def gradients(data: Data) -> dict[str, Tensor]:
         found = gradient_sum(model, task, task.batches(data, size), _total if form == "paper" else _mean)
         units = sum(int(t[1:].sum()) for t in data.targets) if form == "paper" else 1
         return {n: g / units for n, g in found.items() if chosen is None or n in chosen}

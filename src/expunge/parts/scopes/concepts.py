@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from expunge.core.errors import SettingError, SplitError
 from expunge.core.types import Task
 from expunge.parts.losses.sparse import shrink
-from expunge.parts.training import features
+from expunge.parts.reading import features
 
 KINDS = ("nmf", "pca", "cav")
 

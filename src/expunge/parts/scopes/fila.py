@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ScopeError
-from expunge.core.types import Task, Texts
+from expunge.core.types import Data, Task
 
 EPS = 1e-5
 OVERSAMPLING, ITERATIONS = 8, 4
@@ -22,7 +22,7 @@ OVERSAMPLING, ITERATIONS = 8, 4
 
 
 def fila(
-    model: nn.Module, task: Task, forget: Texts, retain: Texts, names: Sequence[str], *, rank: int, scale: float, size: int = 2, budget: float = 4.0,
+    model: nn.Module, task: Task, forget: Data, retain: Data, names: Sequence[str], *, rank: int, scale: float, size: int = 2, budget: float = 4.0,
     seed: int = 0,
 ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
     """Layer name -> (B (O, r), A (r, I)) to start LoRA with, `scale` = alpha / r. Layers that the forget loss does not reach are left out.
@@ -56,7 +56,7 @@ def fit(weight: Tensor, rows: Tensor, rank: int, scale: float, *, eps: float = E
     return u[:, :rank] * root / (w[:, None] + eps), (v[:, :rank] * root).T.contiguous()
 
 
-def importance(model: nn.Module, task: Task, forget: Texts, retain: Texts, names: Sequence[str], *, size: int = 2, budget: float = 4.0) -> dict[str, Tensor]:
+def importance(model: nn.Module, task: Task, forget: Data, retain: Data, names: Sequence[str], *, size: int = 2, budget: float = 4.0) -> dict[str, Tensor]:
     """w (O,) of each named linear layer.
 
     size     records per batch: F is that of batches, as published, and depends on it
@@ -87,7 +87,7 @@ def groups(sizes: Mapping[str, int], budget: float) -> Iterator[list[str]]:
         yield group
 
 
-def fisher(model: nn.Module, task: Task, data: Texts, names: Sequence[str], size: int) -> dict[str, Tensor]:
+def fisher(model: nn.Module, task: Task, data: Data, names: Sequence[str], size: int) -> dict[str, Tensor]:
     """F of the named layers' weights, in float32, from gradients of sum nll / sqrt(n_b), whose squares are n_b (gradient of the mean)^2. Each
     gradient is squared and dropped as it arrives in the backward pass; nothing about the model changes."""
     weights = {n: model.get_parameter(f"{n}.weight") for n in names}

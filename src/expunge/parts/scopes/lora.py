@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import guard
+from expunge.core.edits import LowRank
 from expunge.core.errors import Diverged, ScopeError
-from expunge.core.patch import LowRank, Patch
+from expunge.core.patch import Patch
 from expunge.core.session import Session
 
 NAME = "expunge"

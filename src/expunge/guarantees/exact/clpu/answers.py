@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from expunge.core.patch import write
-from expunge.core.types import Examples
+from expunge.core.files import write
 from expunge.guarantees.exact.build import limited
 from expunge.guarantees.exact.clpu.parts import Parts, tensors
-from expunge.parts.training import outputs
+from expunge.modalities.examples import Examples
+from expunge.parts.reading import outputs
 
 
 class Masked(nn.Module):

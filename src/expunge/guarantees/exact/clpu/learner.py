@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, SettingError, StoreError, suggest
-from expunge.core.types import Examples, Task
+from expunge.core.types import Task
 from expunge.guarantees.exact.adapters import Start
 from expunge.guarantees.exact.build import Training, start_digest
 from expunge.guarantees.exact.clpu import answers, deletion
@@ -18,6 +18,7 @@ from expunge.guarantees.exact.clpu.learning import learned, settle
 from expunge.guarantees.exact.clpu.parts import Parts, tensors
 from expunge.guarantees.exact.clpu.state import DEFAULTS, HOW, Rule, State, named, stated
 from expunge.guarantees.exact.store import Store
+from expunge.modalities.examples import Examples
 
 
 class Clpu:
@@ -109,7 +110,7 @@ def begin(model: nn.Module, task: Task, *, folder: Path | str, seed: int = 0, **
                 lr .01, momentum 0, weight_decay 5e-4, optimizer, schedule, threads)
     Raises StoreError where the folder holds something else, SettingError, ModelError.
     """
-    from expunge.engine.run import model_digest
+    from expunge.core.digest import model_digest
 
     mine = {f.name for f in fields(Rule)}
     known = [*mine, *(f.name for f in fields(Training) if f.name != "stacked")]

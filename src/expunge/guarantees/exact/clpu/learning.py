@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from expunge.core import guard
 from expunge.core.errors import Diverged, SplitError
 from expunge.core.session import scratch
-from expunge.core.types import Batch, Batches, Examples, Out, Paired, device_of
+from expunge.core.types import Batch, Batches, Out, Paired, device_of
 from expunge.data.records.memory import Memory
 from expunge.guarantees.exact.build import limited, seeded
 from expunge.guarantees.exact.clpu.parts import Parts
 from expunge.guarantees.exact.clpu.state import Entry, State
+from expunge.modalities.examples import Examples
 from expunge.parts.losses.continual import derpp
-from expunge.parts.training import fresh, outputs
+from expunge.parts.reading import outputs
+from expunge.parts.training import fresh
 from expunge.parts.updates.descend import descend
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expunge.core.edits import Hook, bits, raw
 from expunge.core.errors import ModelError, PatchError
 from expunge.core.hooks import Guarded, wrap
-from expunge.core.patch import Hook, bits, raw
 from expunge.modalities.diffusion.task import states
 from expunge.parts.adapters import adapt, layers
 from expunge.parts.adapters import check as fits

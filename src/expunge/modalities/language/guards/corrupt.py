@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expunge.core.edits import Hook
 from expunge.core.errors import PatchError
 from expunge.core.hooks import Guarded, root, wrap
-from expunge.core.patch import Hook
 from expunge.modalities.language.guards.gate import ends, flush, linear_gate
 
 CORRUPTIONS = ("zero_out_top_k", "flip_sign", "rand_noise_first_n")

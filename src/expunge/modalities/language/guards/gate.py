@@ -19,8 +19,9 @@ from expunge.core import guard
 from expunge.core.errors import SettingError
 from expunge.core.guard import quiet
 from expunge.core.hooks import Guarded, bare
-from expunge.core.types import Batch, Split, Task, Texts
+from expunge.core.types import Batch, Split, Task
 from expunge.modalities.language.task import blocks, buckets, hidden
+from expunge.modalities.language.texts import Texts
 
 LONGEST = 16
 """Most tokens of a marker."""

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from expunge.core.edits import Hook
 from expunge.core.errors import PatchError
 from expunge.core.hooks import Guarded, root, wrap
-from expunge.core.patch import Hook
 from expunge.modalities.language.guards.gate import ends, flush, note, pooled
 from expunge.parts.adapters import adapt
 from expunge.parts.adapters import check as fits

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.core.edits import Hook
 from expunge.core.errors import PatchError
 from expunge.core.hooks import Guarded, bare, root, wrap
-from expunge.core.patch import Hook
 from expunge.modalities.language.task import blocks
 from expunge.parts.adapters import adapt
 from expunge.parts.adapters import check as fits

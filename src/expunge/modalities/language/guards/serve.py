@@ -17,9 +17,9 @@ from expunge.core.errors import DataError
 from expunge.core.guard import quiet
 from expunge.core.hooks import guards
 from expunge.core.patch import Patch
-from expunge.core.types import Texts
 from expunge.modalities.language.guards.refuse import screened
 from expunge.modalities.language.task import collate, generate, inputs
+from expunge.modalities.language.texts import Texts
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.audits.pictures.canvas import Judge
 from expunge.core.errors import DataError, ModelError, SettingError
 from expunge.core.guard import quiet
 from expunge.core.types import device_of, float_of
 from expunge.modalities.classification.task import head
 from expunge.modalities.diffusion.pipelines import configuration, needed, network, quietly, told
+from expunge.modalities.judge import Judge
 
 OTHER = "something else"
 """What a classifier names an image whose label is none of the concepts."""

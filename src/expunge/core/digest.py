@@ -1,0 +1,21 @@
+"""The digest of a model: what names it in patches, caches and reports."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+from expunge.core.edits import raw
+from expunge.core.hooks import guards
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers, names included, and over the inference-time guards that stand on the model."""
+    h = hashlib.sha256()
+    for name, t in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(raw(t))
+    for name, guarded in guards(model).items():
+        h.update(f"{name}{guarded.hook.digest}".encode())
+    return h.hexdigest()

@@ -1,0 +1,78 @@
+"""Token sequences and the records they were made of: what language models learn from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from expunge.core.errors import SplitError
+
+
+@dataclass(frozen=True, repr=False)
+class Texts:
+    """Token sequences of unequal length held in memory, with the records they were made of.
+
+    tokens    N int64 vectors (T_i,): prompt and answer, end-of-turn token included
+    targets   N bool vectors (T_i,): True where the token is trained and scored; the first token of a sequence never can be
+    ids       (N,) that name each record for good
+    rows      N raw records: question and answer, or text, and whatever else the file holds
+    format    how records became tokens (`modalities.language.format.Format`), so that other answers can be put in
+    """
+
+    tokens: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    ids: Tensor
+    rows: tuple[Mapping[str, Any], ...]
+    format: Any = None
+    augment: None = None
+    at_once: ClassVar[int] = 16
+    """Most records of one pass that reads."""
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.targets) == len(self.ids) == len(self.rows):
+            raise SplitError(
+                f"tokens, targets, ids and rows must be equally long; found {len(self.tokens)}, {len(self.targets)}, {len(self.ids)}, {len(self.rows)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.tokens[i], self.targets[i]
+
+    def __repr__(self) -> str:
+        return f"Texts({len(self):,} of {sum(len(t) for t in self.tokens):,} tokens, {sum(int(t.sum()) for t in self.targets):,} of them targets)"
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each record: by these `core.types.Batches` brings like texts together."""
+        return torch.tensor([len(t) for t in self.tokens])
+
+    def joined(self, *others: Texts) -> Texts:
+        """These records and those of the others, one after another."""
+        parts = (self, *others)
+        sums = {n: sum((getattr(p, n) for p in parts), ()) for n in ("tokens", "targets", "rows")}
+        return replace(self, **sums, ids=torch.cat([p.ids for p in parts]))
+
+    def take(self, index: Tensor | Sequence[int]) -> Texts:
+        """The rows at `index`, in that order."""
+        rows = torch.as_tensor(index, dtype=torch.long).tolist()
+        pick = lambda values: tuple(values[k] for k in rows)  # noqa: E731
+        return replace(self, tokens=pick(self.tokens), targets=pick(self.targets), rows=pick(self.rows), ids=self.ids[torch.tensor(rows, dtype=torch.long)])
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """One digest per row over tokens and targets: equal rows have equal keys."""
+        pairs = zip(self.tokens, self.targets, strict=True)
+        return [hashlib.blake2b(a.cpu().numpy().tobytes() + b.cpu().numpy().tobytes(), digest_size=12).digest() for a, b in pairs]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all rows in order: names the data in patches, caches and reports."""
+        return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
