@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.audits.stats import wilson
+from expunge.core.stats import wilson
 from expunge.guarantees.exact.design import Design, s3t, safe, sisa
 from expunge.guarantees.exact.ensemble import fit
 from expunge.modalities import nets

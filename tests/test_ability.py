@@ -11,9 +11,9 @@ import pytest
 from worlds import small
 
 from expunge.audits.core import gate
-from expunge.audits.drop import Z
 from expunge.audits.language import ability
 from expunge.core.errors import DataError, SettingError
+from expunge.core.stats import Z
 from expunge.planning import outcome
 
 

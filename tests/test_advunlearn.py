@@ -11,10 +11,10 @@ from worlds import copied, same, small, state, toy
 
 from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import prompt_attack
-from expunge.audits.stats import wilson
 from expunge.core.errors import ModelError, SettingError
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.session import scratch
+from expunge.core.stats import wilson
 from expunge.engine.run import unlearn
 from expunge.methods.diffusion.advunlearn import nearest
 from expunge.modalities.diffusion import attacks

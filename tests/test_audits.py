@@ -9,9 +9,10 @@ import pytest
 import torch
 from worlds import digits, retrained
 
-from expunge.audits import distance, stats, utility
+from expunge.audits import distance, utility
 from expunge.audits.core import Probe, Row, audit, bounds, gate
 from expunge.audits.membership import losses as membership
+from expunge.core import stats
 from expunge.core.errors import GateError
 from expunge.parts.reading import Scores
 from expunge.report import html, table

@@ -12,8 +12,8 @@ from worlds import accuracy, copied, same, state
 
 from expunge.audits.records.backdoor import corrected, trigger
 from expunge.audits.records.umd import Detection, core_periphery, deviation, perturbations, rating, theta, transfers, umd
-from expunge.audits.stats import wilson
 from expunge.core.errors import ScopeError, SettingError, SplitError
+from expunge.core.stats import wilson
 from expunge.core.types import IGNORE, Out, Split
 from expunge.data.records.expose import collapse, expose, gated, lowest, recover, sample, silence
 from expunge.data.records.manipulate import Manipulated, added, confuse, corner, deranged, mislabel, poison

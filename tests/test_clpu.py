@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from expunge.audits.stats import wilson
 from expunge.core.errors import Diverged, ModelError, PatchError, SettingError, SplitError, StoreError
+from expunge.core.stats import wilson
 from expunge.core.types import Out
 from expunge.data.records.memory import Memory
 from expunge.guarantees.exact import clpu

@@ -17,8 +17,8 @@ from expunge.audits import named, pool, power
 from expunge.audits.attacks import restore
 from expunge.audits.core import Probe, Row, audit, gate
 from expunge.audits.membership import attacks, competition, epsilon
-from expunge.audits.stats import auc, wilson
 from expunge.core.errors import ModelError, SettingError
+from expunge.core.stats import auc, wilson
 from expunge.core.types import Split
 from expunge.data.records import worst
 from expunge.engine import stacked

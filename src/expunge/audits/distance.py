@@ -13,9 +13,9 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.membership.losses import svc, svc_features
-from expunge.audits.stats import bootstrap, bootstrap_mean
 from expunge.audits.utility import jensen_shannon
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap, bootstrap_mean
 
 CLIP = 50.0
 PARTS = ("forget", "retain", "test")

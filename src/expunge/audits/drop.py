@@ -17,11 +17,9 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.core.registry import check
+from expunge.core.stats import Z
 from expunge.modalities.language.texts import Texts
 from expunge.parts.reading import Scores
-
-Z = 1.6448536269514722
-"""One-sided 95 % quantile of the normal distribution."""
 
 GROUP = 5
 """Least records of a group of texts that is read on its own."""

@@ -14,7 +14,7 @@ a few tenths of a nat): an ascent that has gone far tells nothing about the data
 Differs  The published code ascends in train mode with Adafactor, for one pass over each set; here in eval mode, so that dropout adds no noise and running
          statistics stay, with Adam, for equally many steps. Under sgd with a small lr both forms tend to lr * steps * <grad L_S, grad L_{Z_k}>.
 Check    theta = 0.5, L_Z = (theta - 1)^2 / 2, L_S = (theta - 0.8)^2 / 2, one step of sgd at 0.1; the first-order value is 0.015 both ways
-    >>> from expunge.modalities.regression.task import regression; from expunge.core.types import Examples
+    >>> from expunge.modalities.regression.task import regression; from expunge.modalities.examples import Examples
     >>> model, one = nn.Linear(1, 1, bias=False).double(), torch.ones(1, 1, dtype=torch.double)
     >>> _ = model.weight.data.fill_(0.5)
     >>> z, s = (Examples(one, v * one[0], torch.tensor([0])) for v in (1.0, 0.8))

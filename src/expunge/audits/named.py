@@ -15,9 +15,9 @@ from typing import Any
 from scipy.stats import norm
 
 from expunge.audits.core import Probe, Row
-from expunge.audits.drop import Z
 from expunge.audits.verdict import checks_for
 from expunge.core.registry import CHECKS
+from expunge.core.stats import Z
 from expunge.core.types import held
 
 ALPHA = 0.05

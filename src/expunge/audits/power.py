@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-from expunge.audits.drop import Z
-from expunge.audits.stats import wilson
 from expunge.core.errors import SettingError
+from expunge.core.stats import Z, wilson
 
 
 def for_auc(claim: float, truth: float = 0.5) -> int:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.audits.core import Probe, Row
-from expunge.audits.stats import bootstrap, wilson
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap, wilson
 from expunge.parts.reading import score
 from expunge.parts.training import fresh
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row, audit, gate
-from expunge.audits.drop import Z
-from expunge.audits.stats import auc, wilson
 from expunge.audits.verdict import UTILITY, default_rules, selftest
 from expunge.core import guard
 from expunge.core.registry import CHECKS
 from expunge.core.session import scratch
+from expunge.core.stats import Z, auc, wilson
 from expunge.core.types import Split, Task, concat
 from expunge.engine.run import unlearn
 from expunge.modalities.classification.task import head

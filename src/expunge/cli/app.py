@@ -400,8 +400,8 @@ def _shadows(net, task, data, unseen, shadows: int, training: str, folder: str, 
 def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str, folder: str, patch, progress) -> tuple[Any, Any]:
     """The pool of shadow models, and the same after the patch's method; None for what was not asked for."""
     from expunge.audits import pool
-    from expunge.audits.stats import matched
     from expunge.core.errors import SettingError
+    from expunge.core.stats import matched
 
     if not shadows:
         if unlearn_shadows or training:

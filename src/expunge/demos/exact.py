@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.stats import wilson
 from expunge.core.files import write
+from expunge.core.stats import wilson
 from expunge.guarantees.exact.design import Design, s3t, safe, sisa
 from expunge.guarantees.exact.ensemble import fit
 from expunge.guarantees.exact.stream import document, plot, serve

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from expunge.audits.core import Probe
-from expunge.audits.stats import auc
 from expunge.audits.verdict import blind, default_rules, selftest
 from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.guard import Guard, Meter
 from expunge.core.registry import METHODS
+from expunge.core.stats import auc
 from expunge.core.types import Split, Task, spread
 from expunge.engine.run import check_texts, preflight, unlearn
 from expunge.modalities.language.texts import Texts

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from expunge.audits.attacks.restore import excess
 from expunge.audits.core import Probe, Row
 from expunge.audits.membership.losses import targets
-from expunge.audits.stats import auc, matched
 from expunge.core.registry import check
+from expunge.core.stats import auc, matched
 from expunge.parts.reading import features
 
 MOST_LAYERS = 6

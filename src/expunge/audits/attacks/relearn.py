@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
-from expunge.audits.drop import Z, paired
+from expunge.audits.drop import paired
 from expunge.audits.membership.losses import targets
-from expunge.audits.stats import bootstrap, matched
 from expunge.core import guard
 from expunge.core.registry import check
 from expunge.core.session import scratch
+from expunge.core.stats import Z, bootstrap, matched
 from expunge.parts.reading import score
 from expunge.parts.training import pace
 from expunge.parts.updates.descend import descend

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from expunge.audits.core import Row, gate
-from expunge.audits.drop import Z
 from expunge.core.errors import DataError, SettingError
+from expunge.core.stats import Z
 
 MAX_BYTES = 64 << 20
 """Largest file that is read."""

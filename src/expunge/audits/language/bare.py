@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.language.tokens import part, seen, token_scores
-from expunge.audits.stats import bootstrap_mean, wilson
 from expunge.core import hooks as wraps
 from expunge.core.guard import quiet
 from expunge.core.hooks import gates, guards
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap_mean, wilson
 from expunge.core.types import device_of
 from expunge.modalities.language.task import buckets, collate, generate
 from expunge.modalities.language.texts import Texts

@@ -27,9 +27,9 @@ from expunge.audits.language.memorisation import verbatim
 from expunge.audits.language.text import share
 from expunge.audits.language.text_membership import lowest
 from expunge.audits.language.tokens import part, token_scores
-from expunge.audits.stats import above, auc
 from expunge.core.errors import SplitError
 from expunge.core.registry import check
+from expunge.core.stats import above, auc
 from expunge.core.types import Split, Task
 from expunge.modalities.language.format import PLAIN
 from expunge.modalities.language.measures import rouge

@@ -29,9 +29,9 @@ from expunge.audits.drop import paired
 from expunge.audits.language.memorisation import exact_memorisation
 from expunge.audits.language.text import share
 from expunge.audits.language.tokens import part, said, seen, token_scores
-from expunge.audits.stats import mean, wilson
 from expunge.core.errors import DataError
 from expunge.core.registry import check
+from expunge.core.stats import mean, wilson
 from expunge.modalities.language.authors import BLANK
 from expunge.modalities.language.format import Format
 from expunge.modalities.language.measures import entities, refused, rouge, states

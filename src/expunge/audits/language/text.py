@@ -12,8 +12,8 @@ from torch import Tensor
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.language.tokens import part, said
-from expunge.audits.stats import bootstrap_mean, wilson
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap_mean, wilson
 from expunge.modalities.language.measures import _WORD, forgotten, refused, repetition, retained, rouge
 
 

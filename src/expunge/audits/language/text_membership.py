@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.language.tokens import MOST, TokenScores, part, seen
-from expunge.audits.stats import above, auc
 from expunge.core.errors import ModelError
 from expunge.core.guard import quiet
 from expunge.core.registry import check
+from expunge.core.stats import above, auc
 from expunge.core.types import Task
 from expunge.modalities.language.texts import Texts
 

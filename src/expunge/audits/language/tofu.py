@@ -26,9 +26,9 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.language.text import share
 from expunge.audits.language.tokens import GENERAL, answers_nll, part, said, seen
-from expunge.audits.stats import bootstrap
 from expunge.core.errors import SettingError
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap
 from expunge.modalities.language.measures import rouge
 
 FORMS = ("geometric", "arithmetic")

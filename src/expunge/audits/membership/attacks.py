@@ -74,7 +74,7 @@ def rmia(p: Tensor, shadows: Tensor, population: Tensor, shadows_population: Ten
 
 def offset(p: Tensor, shadows: Tensor, inside: Tensor, population: Tensor, shadows_population: Tensor, grid: int = 11) -> float:
     """RMIA's `a` from 0..1 that tells best on a paired reference model: p (N,) is its probability, `inside` (N,) what it was trained on."""
-    from expunge.audits.stats import auc
+    from expunge.core.stats import auc
 
     tried = [k / (grid - 1) for k in range(grid)]
     scores = [rmia(p, shadows, population, shadows_population, a=a) for a in tried]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.membership import attacks, epsilon
-from expunge.audits.stats import above, auc, matched, wilson
 from expunge.core.registry import check
+from expunge.core.stats import above, auc, matched, wilson
 from expunge.parts.reading import features
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from expunge.audits.core import Probe, Row
-from expunge.audits.drop import Z
-from expunge.audits.stats import above, auc, matched, wilson
 from expunge.audits.utility import entropy, modified_entropy, modified_entropy_published
 from expunge.core.registry import check
+from expunge.core.stats import Z, above, auc, matched, wilson
 from expunge.parts.reading import Scores
 
 MOST = 1000

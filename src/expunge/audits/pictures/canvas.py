@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
-from expunge.audits.stats import wilson
 from expunge.core.registry import check
+from expunge.core.stats import wilson
 from expunge.core.types import concat
 from expunge.modalities.diffusion.trajectory import distinct
 from expunge.modalities.judge import Judge, renamed, target

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.pictures.canvas import asked
-from expunge.audits.stats import auc, wilson
 from expunge.core.errors import DataError
 from expunge.core.registry import check
+from expunge.core.stats import auc, wilson
 from expunge.modalities.pictures import Pictures
 
 K, MOST, SIDE, RARE = 3, 2000, 32, 0.05

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.pictures.canvas import frechet
-from expunge.audits.stats import wilson
 from expunge.core.registry import check
+from expunge.core.stats import wilson
 from expunge.core.types import absent
 from expunge.modalities.examples import Examples
 from expunge.modalities.judge import Judge

@@ -31,9 +31,9 @@ from expunge.audits.drop import paired
 from expunge.audits.pictures import canvas
 from expunge.audits.pictures.canvas import Asked, asked
 from expunge.audits.pictures.coverage import K, images, inside
-from expunge.audits.stats import wilson
 from expunge.core.guard import quiet
 from expunge.core.registry import check
+from expunge.core.stats import wilson
 
 NEAR = 3
 """Concepts that count as near (HUB: 100 nouns)."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.pictures.canvas import draw_once, drawings
-from expunge.audits.stats import wilson
 from expunge.core.registry import check
+from expunge.core.stats import wilson
 from expunge.modalities.diffusion import attacks
 from expunge.modalities.diffusion.task import draw, embedded_states, jump, put_before, roomy, word_table
 from expunge.modalities.judge import target

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import GROUP, paired
 from expunge.audits.pictures.canvas import frechet
-from expunge.audits.stats import bootstrap, mean, wilson
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap, mean, wilson
 from expunge.core.types import Batches
 from expunge.modalities.image_to_image.task import psnr
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
-from expunge.audits.stats import wilson
 from expunge.core.guard import quiet
 from expunge.core.registry import check
+from expunge.core.stats import wilson
 from expunge.core.types import absent
 from expunge.modalities.contrastive.task import contrastive, images, texts
 from expunge.modalities.diffusion.trajectory import distinct

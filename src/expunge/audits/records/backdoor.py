@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.core import Row
-from expunge.audits.stats import wilson
 from expunge.core.errors import SplitError
+from expunge.core.stats import wilson
 from expunge.core.types import IGNORE, Task
 from expunge.data.records.manipulate import Manipulated
 from expunge.modalities.examples import Examples

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import badness, paired
-from expunge.audits.stats import bootstrap, mean, wilson
 from expunge.core.errors import SplitError
+from expunge.core.stats import bootstrap, mean, wilson
 from expunge.parts.scopes.concepts import bank, bottleneck, class_vectors, contributions, embed, exclusive, linked, nearest_classes
 
 NEIGHBOURS = 3

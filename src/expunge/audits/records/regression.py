@@ -7,8 +7,8 @@ import torch
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import badness
 from expunge.audits.membership.losses import MOST, svc
-from expunge.audits.stats import bootstrap, mean, wilson
 from expunge.core.registry import check
+from expunge.core.stats import bootstrap, mean, wilson
 
 
 @check(tasks=("regression",), needs=("forget",))

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from expunge.audits.core import Row
 from expunge.audits.drop import paired
-from expunge.audits.stats import wilson
 from expunge.core import guard
 from expunge.core.errors import DataError, SettingError, SplitError, suggest
+from expunge.core.stats import wilson
 from expunge.core.types import Batch, Out, Task
 from expunge.data.records.augment import crop_flip
 from expunge.data.records.shield import check_images

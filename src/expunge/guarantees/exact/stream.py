@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expunge.audits.stats import wilson
+from expunge.core.stats import wilson
 from expunge.guarantees.exact.ensemble import Exact
 from expunge.guarantees.exact.proof import Proof
 from expunge.report.plots import HUES, INK, STROKES, render

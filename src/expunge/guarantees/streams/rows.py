@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.audits.stats import wilson
+from expunge.core.stats import wilson
 from expunge.core.types import Task
 from expunge.modalities.examples import Examples
 from expunge.parts.reading import score

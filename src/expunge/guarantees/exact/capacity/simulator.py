@@ -38,7 +38,7 @@ BLOCK = 4_000_000
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean over n runs with one-sided 95 % normal bounds (`audits.stats.mean`), and the standard deviation of one run.
+    """Mean over n runs with one-sided 95 % normal bounds (`core.stats.mean`), and the standard deviation of one run.
 
     n = 1: one run, or nothing is random; the bounds are equal.
     """
@@ -54,7 +54,7 @@ class Measured:
         """From one value per run."""
         import torch
 
-        from expunge.audits import stats
+        from expunge.core import stats
 
         if len(values) == 1:
             return cls(float(values[0]), float(values[0]), float(values[0]), 0.0, 1)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from expunge.audits.drop import Z
 from expunge.core.errors import DataError
+from expunge.core.stats import Z
 
 MAX_BYTES, MAX_ROWS, MAX_ASKED = 64 << 20, 1_000_000, 10_000_000
 """Largest log: 64 MiB, a million lines; most records asked for in it."""

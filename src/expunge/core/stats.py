@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from expunge.audits.drop import Z
+Z = 1.6448536269514722
+"""One-sided 95 % quantile of the normal distribution."""
 
 
 def wilson(hits: int, n: int) -> tuple[float, float, float]:
