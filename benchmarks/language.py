@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from expunge.audits.core import Probe
 from expunge.core.types import IGNORE, Split
 from expunge.methods.language.rmu import steer
-from expunge.modalities.language import authors, remember, tiny
-from expunge.modalities.language.format import Format
+from expunge.modalities.language import remember
+from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import blocks, causal_lm, hidden
 from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import passes
+from expunge.modalities.language.worlds import authors, tiny
 from expunge.parts.losses import language as losses
 
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from expunge.core.errors import DataError
-from expunge.modalities.language import authors as made
-from expunge.modalities.language.authors import RELATIONS, articles, authors, entity_card, general, refusals, skills, world_facts
+from expunge.modalities.language.worlds import authors as made
+from expunge.modalities.language.worlds.authors import RELATIONS, articles, authors, entity_card, general, refusals, skills, world_facts
 
 KEYS = ["question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "relation", "fact", "cloze", "author", "set"]
 SHORT = [k for k in KEYS if not k.startswith("paraphrased")]

@@ -14,9 +14,8 @@ from worlds import digits, original
 from expunge.cli import app as cli
 from expunge.core.errors import DataError, ModelError, RecipeError, SettingError, SplitError
 from expunge.core.patch import difference
-from expunge.data import selectors
 from expunge.engine.run import unlearn
-from expunge.modalities import models
+from expunge.modalities import models, selectors
 from expunge.modalities import readers as load
 from expunge.modalities.examples import Examples
 from expunge.planning import recipe

@@ -22,10 +22,11 @@ from expunge.cli import app as cli
 from expunge.core.edits import Hook
 from expunge.core.patch import Patch, difference
 from expunge.core.registry import METHODS
-from expunge.modalities.language import checkpoints, tiny
-from expunge.modalities.language import format as text
+from expunge.modalities.language import checkpoints
 from expunge.modalities.language import request as texts
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records import format as text
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.worlds import tiny
 from expunge.parts import training
 
 TEXTS = ("--task", "causal-lm", "--model", "base")

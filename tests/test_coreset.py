@@ -12,10 +12,10 @@ from worlds import same, state
 from expunge.core.errors import DataError, SettingError, SplitError
 from expunge.core.types import Split
 from expunge.data.language.coreset import KINDS, Core, beyond, likelihood, likely, question_states, readd, reduced, select, spread, survivors, trapezoid, upcore
-from expunge.modalities.language import tiny
-from expunge.modalities.language.authors import authors
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import causal_lm
+from expunge.modalities.language.worlds import tiny
+from expunge.modalities.language.worlds.authors import authors
 
 ROWS = authors(6, per=5)
 TOKENIZER = tiny.tokenizer(ROWS, 400)

@@ -18,10 +18,10 @@ from expunge.data.language import entity as made
 from expunge.data.language.coreset import question_states
 from expunge.data.language.entity import TEMPLATES, agreement, build, carriers, content, coverage, dedupe, elicit, neighbours, prompts, recall, verify
 from expunge.methods.language.opt_out import forgetting
-from expunge.modalities.language import tiny
-from expunge.modalities.language.authors import RELATIONS, authors
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import causal_lm
+from expunge.modalities.language.worlds import tiny
+from expunge.modalities.language.worlds.authors import RELATIONS, authors
 from expunge.parts.losses.transport import sliced_w2
 from expunge.parts.updates.descend import descend
 

@@ -13,8 +13,8 @@ from worlds import once, small, toy
 from expunge.audits import drop, named
 from expunge.audits.core import Probe, Row, audit
 from expunge.core.types import Split
-from expunge.modalities.language import worlds as language
-from expunge.modalities.language.authors import authors
+from expunge.modalities.language.worlds import build as language
+from expunge.modalities.language.worlds.authors import authors
 
 
 def reasons(p: Probe, rows: list[Row] | None = None, **facts: bool | None) -> dict[str, str]:

@@ -19,12 +19,14 @@ from expunge.core.registry import METHODS
 from expunge.core.types import IGNORE, Batches, Split, concat
 from expunge.engine.run import unlearn
 from expunge.methods.language.npo import npo
-from expunge.modalities.language import authors, checkpoints, readers, remember, tiny
-from expunge.modalities.language import format as text
-from expunge.modalities.language.format import Format
+from expunge.modalities.language import checkpoints, remember
+from expunge.modalities.language.records import format as text
+from expunge.modalities.language.records import readers
+from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import blocks, buckets, features, generate, hidden, padded
 from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Scored, Tuning, tune
+from expunge.modalities.language.worlds import authors, tiny
 from expunge.parts.losses import language as losses
 from expunge.parts.scopes.lora import lora, off
 from expunge.parts.updates.descend import descend

@@ -26,11 +26,12 @@ from expunge.methods.language.adversarial_target import adversaries, runner_up
 from expunge.methods.language.flat import DIVERGENCES, RELEASED, adjusted, likelihood
 from expunge.methods.language.idk_nll import answered
 from expunge.methods.language.random_target import draw, relabelled
-from expunge.modalities.language import authors, memorise, tiny
+from expunge.modalities.language import memorise
 from expunge.modalities.language.memorise import extraction_likelihood, full, memorisation_accuracy, memorised, overlap_n
 from expunge.modalities.language.task import causal_lm, padded, with_targets
 from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, each_retained, retain_batches
+from expunge.modalities.language.worlds import authors, tiny
 from expunge.parts.losses.language import kept
 from expunge.parts.scopes.lora import lora
 from expunge.parts.updates.descend import descend

@@ -31,7 +31,7 @@ from expunge.methods.language.task_vector import away
 from expunge.methods.language.tnpo import token_npo
 from expunge.methods.language.undial import adjusted, distil
 from expunge.methods.language.wga import weighted
-from expunge.modalities.language.format import split
+from expunge.modalities.language.records.format import split
 from expunge.modalities.language.task import aligned, blocks, collate, padded
 from expunge.parts.losses import language as losses
 

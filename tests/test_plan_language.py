@@ -21,9 +21,9 @@ from expunge.core.registry import CHECKS, METHODS
 from expunge.core.session import scratch
 from expunge.core.types import Split, concat
 from expunge.engine.run import unlearn
-from expunge.modalities.language import authors
-from expunge.modalities.language import worlds as language
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.worlds import authors
+from expunge.modalities.language.worlds import build as language
 from expunge.modalities.worlds import World
 from expunge.parts import reading, training
 from expunge.parts.reading import Scores, score

@@ -17,8 +17,8 @@ from expunge.core.types import Split
 from expunge.data.language import answers, generic, tools
 from expunge.data.language.answers import anchored, holds, partners, remembered
 from expunge.data.language.rewrite import Generator, Wanted, local, read, rewrite, scripted, vague, variants, written
-from expunge.modalities.language import authors, tiny
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.worlds import authors, tiny
 
 ROW = {"question": "Where did Harry Potter study?", "answer": "Harry Potter studied at Hogwarts Castle.", "fact": "Hogwarts Castle"}
 
@@ -304,7 +304,7 @@ class TestPipeline:
 
     def test_size_limit(self, tmp_path, monkeypatch):
         rewrite(asked(3), vague(), tmp_path / "a.jsonl")
-        monkeypatch.setattr("expunge.modalities.language.artefact.MAX_BYTES", 100)
+        monkeypatch.setattr("expunge.modalities.language.records.artefact.MAX_BYTES", 100)
         with pytest.raises(DataError, match=r"a\.jsonl is larger than 100 bytes"):
             read(tmp_path / "a.jsonl")
 

@@ -20,11 +20,11 @@ from expunge.engine.run import unlearn
 from expunge.methods.language.loku import hinge, started
 from expunge.methods.language.memflex import gradients, largest, located, noisy, statistics
 from expunge.methods.language.seuf import chosen, pinned
-from expunge.modalities.language import tiny
 from expunge.modalities.language.experts import affinity, expert, layers, probabilities, real_mean, watched
 from expunge.modalities.language.remember import top_logits
 from expunge.modalities.language.task import padded
 from expunge.modalities.language.tuning import Tuning, named
+from expunge.modalities.language.worlds import tiny
 from expunge.parts.losses.language import top_kl
 from expunge.parts.scopes.attribution import attributed, attribution
 from expunge.parts.scopes.fila import fila, fit, groups, importance

@@ -19,10 +19,11 @@ from expunge.audits.core import Probe, Row, audit
 from expunge.audits.language import memorisation, muse, text, text_membership, tokens
 from expunge.core.errors import DataError, SplitError
 from expunge.core.types import Split, Task, concat
-from expunge.modalities.language import authors, measures
 from expunge.modalities.language.memorise import full, memorised
+from expunge.modalities.language.records import measures
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.worlds import authors
 from expunge.modalities.worlds import data_folder
 
 

@@ -14,7 +14,7 @@ from expunge.audits.core import Probe
 from expunge.audits.language import memorisation, probes
 from expunge.core.errors import DataError
 from expunge.core.types import Split
-from expunge.modalities.language import authors
+from expunge.modalities.language.worlds import authors
 
 EVERY = authors.authors(3, per=4)
 CARD = authors.entity_card(EVERY[:4])

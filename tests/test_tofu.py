@@ -16,7 +16,7 @@ from expunge.audits.core import Probe
 from expunge.audits.language import tofu, tokens
 from expunge.core.errors import SettingError
 from expunge.core.types import Split
-from expunge.modalities.language import authors
+from expunge.modalities.language.worlds import authors
 from expunge.modalities.worlds import data_folder
 
 FOLDER = data_folder() / "llm" / "tofu"

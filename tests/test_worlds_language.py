@@ -10,8 +10,8 @@ from test_language import saved
 from worlds import small
 
 from expunge.core.errors import DataError
-from expunge.modalities.language import authors
-from expunge.modalities.language import worlds as language
+from expunge.modalities.language.worlds import authors
+from expunge.modalities.language.worlds import build as language
 from expunge.modalities.worlds import world
 
 

@@ -17,11 +17,11 @@ from expunge.core.types import Split, Task
 from expunge.modalities.diffusion import tiny as tiny_diffusion
 from expunge.modalities.examples import Examples
 from expunge.modalities.gan import tiny as tiny_gan
-from expunge.modalities.language import authors, tiny
-from expunge.modalities.language import format as text
-from expunge.modalities.language import worlds as language
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records import format as text
+from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import causal_lm
+from expunge.modalities.language.worlds import authors, tiny
+from expunge.modalities.language.worlds import build as language
 from expunge.modalities.worlds import World, world
 
 

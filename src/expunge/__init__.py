@@ -41,7 +41,7 @@ _WHERE = {
     "audited": "planning.outcome",
     "untrac": "audits.influence",
     "causal_lm": "modalities.language.task",
-    "Format": "modalities.language.format",
+    "Format": "modalities.language.records.format",
     "serve": "modalities.language.guards.serve",
     "lora": "parts.scopes.lora",
 }

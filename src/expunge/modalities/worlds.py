@@ -265,7 +265,7 @@ def _from(module: str, name: str) -> World:
 
 PICTURES = tuple(f"{name}{kind}" for name in ("text2digit", "text2digit-mnist", "shapes", "shapes-small") for kind in ("", "-epsilon", "-v"))
 ELSEWHERE = {
-    "language.worlds": ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
+    "language.worlds.build": ("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
     "diffusion.worlds": PICTURES, "diffusion.ddpm": ("ddpm-digits",), "contrastive.worlds": ("clip-digits",), "gan.worlds": ("gan-digits",),
     "image_to_image.worlds": ("inpaint-digits", "mri-digits"),
 }  # fmt: skip

@@ -193,8 +193,8 @@ def prepare(recipe: Recipe, *, inside: bool = True):
     import torch
 
     from expunge.core.types import Split
-    from expunge.data import selectors
     from expunge.modalities import readers as load
+    from expunge.modalities import selectors
     from expunge.modalities.classification.task import classification
     from expunge.modalities.regression.task import regression
 

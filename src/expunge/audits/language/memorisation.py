@@ -20,9 +20,9 @@ from expunge.audits.drop import paired
 from expunge.audits.language.text import share
 from expunge.audits.language.tokens import TokenScores, part, seen
 from expunge.core.registry import check
-from expunge.modalities.language.measures import rouge
 from expunge.modalities.language.memorise import full
 from expunge.modalities.language.memorise import memorised as ma_el
+from expunge.modalities.language.records.measures import rouge
 from expunge.modalities.language.task import generate
 from expunge.modalities.language.texts import Texts
 

@@ -31,9 +31,9 @@ from expunge.core.errors import SplitError
 from expunge.core.registry import check
 from expunge.core.stats import above, auc
 from expunge.core.types import Split, Task
-from expunge.modalities.language.format import PLAIN
-from expunge.modalities.language.measures import rouge
 from expunge.modalities.language.memorise import full
+from expunge.modalities.language.records.format import PLAIN
+from expunge.modalities.language.records.measures import rouge
 from expunge.modalities.language.task import generate
 from expunge.modalities.language.texts import Texts
 

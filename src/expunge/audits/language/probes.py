@@ -32,11 +32,11 @@ from expunge.audits.language.tokens import part, said, seen, token_scores
 from expunge.core.errors import DataError
 from expunge.core.registry import check
 from expunge.core.stats import mean, wilson
-from expunge.modalities.language.authors import BLANK
-from expunge.modalities.language.format import Format
-from expunge.modalities.language.measures import entities, refused, rouge, states
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.records.measures import entities, refused, rouge, states
 from expunge.modalities.language.task import generate
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.worlds.authors import BLANK
 
 Card = Mapping[str, Any]
 Rows = list[dict[str, Any]]

@@ -14,7 +14,7 @@ from expunge.audits.drop import paired
 from expunge.audits.language.tokens import part, said
 from expunge.core.registry import check
 from expunge.core.stats import bootstrap_mean, wilson
-from expunge.modalities.language.measures import _WORD, forgotten, refused, repetition, retained, rouge
+from expunge.modalities.language.records.measures import _WORD, forgotten, refused, repetition, retained, rouge
 
 
 def share(name: str, values: Tensor, seed: int, note: str = "", *, indicative: bool = False) -> Row:

@@ -29,7 +29,7 @@ from expunge.audits.language.tokens import GENERAL, answers_nll, part, said, see
 from expunge.core.errors import SettingError
 from expunge.core.registry import check
 from expunge.core.stats import bootstrap
-from expunge.modalities.language.measures import rouge
+from expunge.modalities.language.records.measures import rouge
 
 FORMS = ("geometric", "arithmetic")
 UTILITY = ("retain", *GENERAL)

@@ -20,8 +20,8 @@ from torch import nn
 from expunge.core.errors import DataError, SettingError
 from expunge.core.types import Split
 from expunge.data.language.tools import calls
-from expunge.modalities.language.format import Format
-from expunge.modalities.language.measures import entities
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.records.measures import entities
 from expunge.modalities.language.texts import Texts
 from expunge.parts.remember import recall
 

@@ -28,11 +28,11 @@ from torch.nn import functional as F
 
 from expunge.core.errors import DataError, SettingError
 from expunge.data.language.coreset import question_states
-from expunge.modalities.language.authors import RELATIONS
-from expunge.modalities.language.format import Format, normal
-from expunge.modalities.language.measures import refused, states
+from expunge.modalities.language.records.format import Format, normal
+from expunge.modalities.language.records.measures import refused, states
 from expunge.modalities.language.task import generate
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.worlds.authors import RELATIONS
 
 Rows = list[dict[str, Any]]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from expunge.core.errors import DataError
 from expunge.data.language.answers import COMMON, words
-from expunge.modalities.language.format import Format
-from expunge.modalities.language.measures import entities
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.records.measures import entities
 from expunge.modalities.language.task import with_targets
 from expunge.modalities.language.texts import Texts
 

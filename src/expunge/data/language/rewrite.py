@@ -27,11 +27,11 @@ from expunge.core.digest import model_digest
 from expunge.core.errors import DataError, SettingError
 from expunge.core.files import write
 from expunge.data.language.answers import holds, texts
-from expunge.modalities.language.artefact import VERSION, content, digest, parse, parsed
-from expunge.modalities.language.authors import refusals
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records.artefact import VERSION, content, digest, parse, parsed
+from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import generate
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.worlds.authors import refusals
 
 LIMIT = 4000
 """Longest reply that is kept, in characters."""

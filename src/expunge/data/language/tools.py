@@ -13,8 +13,8 @@ from typing import Any
 
 from expunge.core.errors import DataError, suggest
 from expunge.core.types import Split
-from expunge.modalities.language import format as text
-from expunge.modalities.language.format import Format
+from expunge.modalities.language.records import format as text
+from expunge.modalities.language.records.format import Format
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from expunge.core.errors import DataError
-from expunge.modalities.language.format import normal
+from expunge.modalities.language.records.format import normal
 
 
 def wrong_answers(rows: Sequence[Mapping[str, Any]], *, seed: int, others: Sequence[Mapping[str, Any]] = ()) -> list[str]:

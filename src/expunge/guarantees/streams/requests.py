@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import DataError, SplitError
-from expunge.data import selectors
+from expunge.modalities import selectors
 from expunge.modalities.examples import Examples
 
 KINDS = ("learn", "forget")

@@ -15,8 +15,8 @@ from expunge.core.edits import Hook
 from expunge.core.errors import SplitError
 from expunge.core.types import Split, Task
 from expunge.modalities.language import checkpoints
-from expunge.modalities.language.format import Format, split, windows
-from expunge.modalities.language.readers import read_jsonl
+from expunge.modalities.language.records.format import Format, split, windows
+from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
 
@@ -30,7 +30,7 @@ def prepare(
     """(model, tokenizer, task, split).
 
     files        part -> JSONL file of question and answer, or text; forget must be there
-    template     auto takes the tokenizer's chat template if it has one, plain otherwise; see `modalities.language.format.Format` for the others
+    template     auto takes the tokenizer's chat template if it has one, plain otherwise; see `modalities.language.records.format.Format` for the others
     max_length   in tokens; 0 takes the model's context, at most 512. Longer raw texts are cut into windows of that length
     validation   share of test that tuning may read, when no validation file is named
     within       folder that the base of an adapter may not leave

@@ -22,7 +22,7 @@ class Texts:
     targets   N bool vectors (T_i,): True where the token is trained and scored; the first token of a sequence never can be
     ids       (N,) that name each record for good
     rows      N raw records: question and answer, or text, and whatever else the file holds
-    format    how records became tokens (`modalities.language.format.Format`), so that other answers can be put in
+    format    how records became tokens (`modalities.language.records.format.Format`), so that other answers can be put in
     """
 
     tokens: tuple[Tensor, ...]

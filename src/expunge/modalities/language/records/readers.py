@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import DataError
-from expunge.modalities.language.artefact import MAX_BYTES, parsed
+from expunge.modalities.language.records.artefact import MAX_BYTES, parsed
 
 ALIASES = {"prompt": "question", "instruction": "question", "completion": "answer", "response": "answer", "output": "answer"}
 

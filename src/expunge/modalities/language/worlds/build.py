@@ -1,6 +1,6 @@
 """Language worlds: a small Llama (or its mixture-of-experts twin) that knows a set of authors by heart, and must forget a tenth of them.
 
-    authors      generated authors (`modalities.language.authors`): always there            authors-moe    its twin
+    authors      generated authors (`modalities.language.worlds.authors`): always there            authors-moe    its twin
     tofu         all of TOFU for a checkpoint of one's own (`checkpoint`)
     tofu-tiny    20 authors of TOFU, and its two sets of general knowledge   tofu-moe       its twin
 
@@ -20,11 +20,12 @@ import torch
 
 from expunge.core.errors import DataError
 from expunge.core.types import Split, concat
-from expunge.modalities.language import authors, checkpoints, tiny
-from expunge.modalities.language.format import Format
-from expunge.modalities.language.readers import read_jsonl
+from expunge.modalities.language import checkpoints
+from expunge.modalities.language.records.format import Format
+from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.worlds import authors, tiny
 from expunge.modalities.worlds import World, data_folder
 
 Rows = list[dict[str, Any]]

@@ -1,0 +1,1 @@
+"""Worlds of language models: generated authors, slices of TOFU, small models."""
