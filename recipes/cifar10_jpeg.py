@@ -7,7 +7,7 @@
 
 import numpy as np
 
-from expunge.modalities.worlds import cifar10_part
+from expunge.modalities.classification.worlds import cifar10_part
 from expunge.modalities.nets import resnet20
 
 CLASS, SAMPLE = 3, 1000

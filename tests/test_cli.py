@@ -12,6 +12,7 @@ import torch
 from worlds import digits, original
 
 from expunge.cli import app as cli
+from expunge.cli import forget as flags
 from expunge.core.errors import DataError, ModelError, RecipeError, SettingError, SplitError
 from expunge.core.patch import difference
 from expunge.engine.run import unlearn
@@ -186,10 +187,10 @@ def test_a_run_that_diverges_says_so_and_leaves_no_patch(home, monkeypatch, caps
 
 
 def test_settings_from_flags():
-    assert cli.settings("salun", ["--keep", "0.3", "--soft"])["soft"] is True
-    assert cli.settings("salun", ["--keep=0.3"])["keep"] == 0.3
+    assert flags.settings("salun", ["--keep", "0.3", "--soft"])["soft"] is True
+    assert flags.settings("salun", ["--keep=0.3"])["keep"] == 0.3
     with pytest.raises(SettingError, match="write settings as"):
-        cli.settings("salun", ["keep"])
+        flags.settings("salun", ["keep"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 from worlds import copied, small
 
 from expunge.cli import app as cli
+from expunge.cli import forget as flags
 from expunge.core.edits import Hook
 from expunge.core.patch import Patch, difference
 from expunge.core.registry import METHODS
@@ -453,7 +454,7 @@ def test_every_setting_can_be_given_though_an_option_has_its_name(world, tmp_pat
     assert ("npo", "retain") in hidden and ("influence", "form") in hidden
     for name, setting in hidden:
         value = METHODS[name].defaults[setting]
-        assert cli.settings(name, [f"--{name}.{setting.replace('_', '-')}", str(value)])[setting] == value
+        assert flags.settings(name, [f"--{name}.{setting.replace('_', '-')}", str(value)])[setting] == value
     code, out, err = call(world.home, *FORGET, *NPO, "--npo.retain", "none", "--json", "--out", str(tmp_path / "own"))
     assert code in (0, 1), err
     (one,) = strict(out)["tries"]

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from expunge.audits.core import Probe, audit
-from expunge.audits.pictures import canvas
+from expunge.audits.pictures import canvas, drawn
 from expunge.audits.verdict import default_rules
 from expunge.cli.app import app
 from expunge.core.errors import DataError, ExpungeError, ModelError, SettingError
@@ -22,7 +22,6 @@ from expunge.engine.run import unlearn
 from expunge.modalities.diffusion import judges, pipelines, tiny_pipeline
 from expunge.modalities.diffusion import request as images
 from expunge.parts.training import fresh
-from expunge.report import images as shown
 
 SMALL = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LOOK = {**SMALL, "image_size": 16, "patch_size": 8}
@@ -330,7 +329,7 @@ def test_drawings_of_a_pipeline_are_judged(folders, loaded):
     assert len(calls) == 2 * 2 * (-(-18 // images.BATCH) + -(-6 // images.BATCH)) and calls[9] == ("18 drawings for the judge", 10, 10)
     few = split.forget.take(range(2))
     assert torch.equal(task.sample(found.model, few, seed=3), found.task.sample(found.model, few, seed=3, steps=2, guidance=images.GUIDANCE))
-    maps = shown.collect(p)
+    maps = drawn.collect(p)
     assert maps["named"]["concept"]["names"] == ["Van Gogh", "a cat", "a dog", judges.OTHER] and [r["erased"] for r in maps["retainability"]] == [
         "",
         "Van Gogh",

@@ -16,7 +16,6 @@ from worlds import copied, same, state
 
 from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import redirection
-from expunge.cli import images as cli_images
 from expunge.cli.app import app
 from expunge.core.edits import LowRank, Replace
 from expunge.core.errors import DataError, ExpungeError, ModelError, PatchError, SettingError
@@ -25,6 +24,7 @@ from expunge.core.patch import Patch
 from expunge.engine.run import Attempt, unlearn
 from expunge.modalities.diffusion import pipelines, tiny_pipeline
 from expunge.modalities.diffusion import release as adapters
+from expunge.modalities.diffusion import request as cli_images
 from expunge.modalities.diffusion import request as images
 from expunge.modalities.diffusion.task import states
 from expunge.parts.adapters import adapt
@@ -265,15 +265,15 @@ def test_forms_that_a_patch_has_not(loaded, spm, tmp_path):
 def test_a_low_rank_patch_merged_and_taken_out_again(folders, loaded, tmp_path):
     """The same patch as a whole folder: the inverse beside it gives every bit back; an adapter's pipeline never changed, and says so."""
     patch = low(loaded[False].model)
-    written = cli_images.apply(patch, str(folders[False]), str(tmp_path / "whole"), "auto", None, "merged")
+    written = cli_images.apply(patch, str(folders[False]), str(tmp_path / "whole"), None, {"dtype": "auto", "form": "merged"})
     assert written == [str(tmp_path / "whole"), str(tmp_path / "whole.undo.safetensors")]
     assert apart(patched(loaded[False].model, Attempt("", {}, 0, "ok", "", patch)), loaded[False], real(tmp_path / "whole", False)) < 1e-5
-    cli_images.revert(Patch.load(written[1]), written[0], str(tmp_path / "back"))
+    cli_images.revert(Patch.load(written[1]), written[0], str(tmp_path / "back"), {})
     assert same(state(pipelines.load(tmp_path / "back").model), state(loaded[False].model))
-    written = cli_images.apply(patch, str(folders[False]), str(tmp_path / "lora"), "auto", None)
+    written = cli_images.apply(patch, str(folders[False]), str(tmp_path / "lora"), None, {"dtype": "auto", "form": "auto"})
     assert written == [str(tmp_path / "lora")] and cli_images.is_pipeline(written[0])
     with pytest.raises(ModelError, match="lora is an adapter: its pipeline was never changed"):
-        cli_images.revert(patch, written[0], str(tmp_path / "none"))
+        cli_images.revert(patch, written[0], str(tmp_path / "none"), {})
 
 
 @pytest.mark.parametrize("name", ["esd", "concept_ablation"])

@@ -21,6 +21,7 @@ from expunge.core.registry import CHECKS, METHODS
 from expunge.core.session import scratch
 from expunge.core.types import Split, concat
 from expunge.engine.run import unlearn
+from expunge.modalities.language import autopilot
 from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.worlds import authors
 from expunge.modalities.language.worlds import build as language
@@ -50,7 +51,7 @@ def watched(monkeypatch) -> list:
         seen.append(data)
         return original(model, task, data, *args)
 
-    monkeypatch.setattr(plan, "score", spy)
+    monkeypatch.setattr(autopilot, "score", spy)
     monkeypatch.setattr(core, "score", spy)
     return seen
 
@@ -68,35 +69,35 @@ def closeness(model, task, split):
 def test_recipe_changes_only_what_a_method_has():
     _, _, split = small("causal_lm")
     npo = METHODS["npo"].defaults
-    changes = plan.recipe(npo, split)
+    changes = autopilot.recipe(npo, split)
     assert changes == {"batch_size": 8, "accumulate": 1, "retain_size": 32, "epochs": 10.0}  # its retain loss is ce already
     assert METHODS["npo"].settings(changes)["retain"] == "ce"
-    assert plan.recipe({**npo, "epochs": 25.0}, split)["epochs"] == 25.0
-    assert plan.recipe({**npo, "retain": "none"}, split)["retain"] == "ce"
-    assert "retain" not in plan.recipe({**npo, "retain": "kl"}, split)
-    assert "retain" not in plan.recipe({**npo, "retain": "none"}, replace(split, retain=None))
-    assert plan.recipe(METHODS["guardrail"].defaults, split) == {}
+    assert autopilot.recipe({**npo, "epochs": 25.0}, split)["epochs"] == 25.0
+    assert autopilot.recipe({**npo, "retain": "none"}, split)["retain"] == "ce"
+    assert "retain" not in autopilot.recipe({**npo, "retain": "kl"}, split)
+    assert "retain" not in autopilot.recipe({**npo, "retain": "none"}, replace(split, retain=None))
+    assert autopilot.recipe(METHODS["guardrail"].defaults, split) == {}
     for record in METHODS.values():
         if "causal_lm" in record.tasks:
-            assert set(plan.recipe(record.defaults, split)) <= set(record.defaults), record.name
-            record.settings(plan.recipe(record.defaults, split))
+            assert set(autopilot.recipe(record.defaults, split)) <= set(record.defaults), record.name
+            record.settings(autopilot.recipe(record.defaults, split))
 
 
 def test_stride_follows_the_width_and_lora():
     model, task, _ = small("causal_lm")
-    assert plan.stride({"lora": 0}, task, model) == plan.stride({}, task, model) == pace(task, model)["lr"] == 0.1 / 32
-    assert plan.stride({"lora": 8}, task, model) == pytest.approx(1.0 / 32)
+    assert autopilot.stride({"lora": 0}, task, model) == autopilot.stride({}, task, model) == pace(task, model)["lr"] == 0.1 / 32
+    assert autopilot.stride({"lora": 8}, task, model) == pytest.approx(1.0 / 32)
     wide = copied(model)
     config: Any = wide.config
     config.hidden_size = 3200
-    assert plan.stride({}, task, wide) == pytest.approx(0.1 / 3200)
+    assert autopilot.stride({}, task, wide) == pytest.approx(0.1 / 3200)
 
 
 def test_plan_prices_methods_as_the_autopilot_runs_them():
     _, task, split = small("causal_lm")
     found = {o.method: o for o in plan.plan(task, split, retrain_passes=1000.0)}
     npo = METHODS["npo"]
-    assert (found["npo"].forward, found["npo"].backward) == npo.expected(split, {**npo.defaults, **plan.recipe(npo.defaults, split)})
+    assert (found["npo"].forward, found["npo"].backward) == npo.expected(split, {**npo.defaults, **autopilot.recipe(npo.defaults, split)})
     assert found["npo"].share == pytest.approx((found["npo"].forward + found["npo"].backward) / 1000)
     assert not found["salun"].feasible and "salun works on classification" in found["salun"].why
     without = {o.method: o for o in plan.plan(task, replace(split, anchor=None))}
@@ -123,7 +124,7 @@ def test_closeness_reads_forget_validation_and_retain_alone(monkeypatch, taught)
 def test_closeness_reads_at_most_so_many_retain_records(monkeypatch, taught):
     model, task, split = taught
     seen = watched(monkeypatch)
-    monkeypatch.setattr(plan, "MOST", 3)
+    monkeypatch.setattr(autopilot, "MOST", 3)
     closeness(model, task, split)(model)
     kept = set(split.retain.keys)
     assert max(len(d) for d in seen if set(d.keys) <= kept) == 3
@@ -187,7 +188,7 @@ def test_tuned_runs_once_as_given_or_without_validation():
 
 def test_tuned_falls_back_where_a_method_refuses_a_retain_loss():
     model, task, split = small("causal_lm")
-    assert METHODS["task_vector"].defaults["retain"] == "none" and plan.recipe(METHODS["task_vector"].defaults, split)["retain"] == "ce"
+    assert METHODS["task_vector"].defaults["retain"] == "none" and autopilot.recipe(METHODS["task_vector"].defaults, split)["retain"] == "ce"
     (one,) = plan.tuned("task_vector", model, task, split, closeness(model, task, split), scales=(1.0,))
     assert one.attempt.outcome == "ok", one.attempt.reason
     assert one.attempt.settings["retain"] == "none" and one.attempt.settings["lr"] == pytest.approx(0.1 / 32)
@@ -316,7 +317,7 @@ def test_a_label_names_its_method_and_how_it_is_run(worlds):
     assert run.resolve("reset_last") == ("fine_tune", outcome.TRIVIAL["reset_last"][1])
     own, published, defaults = run.settings(w, "npo"), run.settings(w, "npo:published"), METHODS["npo"].defaults
     assert published == {**defaults, "lr": "width"} and "recipe" not in published
-    assert own == {**defaults, "recipe": {**plan.RECIPE, "epochs": plan.LEAST_EPOCHS}}
+    assert own == {**defaults, "recipe": {**autopilot.RECIPE, "epochs": autopilot.LEAST_EPOCHS}}
     assert json.loads(json.dumps(own)) == own and json.loads(json.dumps(published)) == published  # cells are compared with what a file holds
     assert run.settings(w, "nothing") == {} and run.settings(w, "retrain") == w.recipe
     assert run.settings(w, "guardrail") == METHODS["guardrail"].defaults  # it takes no step

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from worlds import small
 
-from expunge.cli import app as cli
+from expunge.cli import forget as flags
 from expunge.core.errors import ExpungeError, ModelError, SettingError, SplitError
 from expunge.core.guard import Guard
 from expunge.core.journal import Journal
 from expunge.core.registry import METHODS
 from expunge.engine.run import unlearn
+from expunge.modalities.language import autopilot
 from expunge.planning import plan
 
 STEP = 0.1 / 32
@@ -70,8 +71,8 @@ def test_records_are_run_once_when_a_setting_is_named():
 
 
 def test_flags_give_the_named_settings_alone():
-    assert cli.settings("npo", ["--beta", "0.2", "--lora", "4"]) == {"beta": 0.2, "lora": 4}
-    assert cli.settings("npo", []) == {}
+    assert flags.settings("npo", ["--beta", "0.2", "--lora", "4"]) == {"beta": 0.2, "lora": 4}
+    assert flags.settings("npo", []) == {}
 
 
 def test_prices_are_those_of_the_run_that_the_settings_ask_for():
@@ -83,8 +84,8 @@ def test_prices_are_those_of_the_run_that_the_settings_ask_for():
         return option.forward + option.backward
 
     for given, run in (
-        ({}, plan.recipe(npo.defaults, split)),
-        ({"epochs": 3.0}, {**plan.recipe(npo.defaults, split), "epochs": 3.0}),
+        ({}, autopilot.recipe(npo.defaults, split)),
+        ({"epochs": 3.0}, {**autopilot.recipe(npo.defaults, split), "epochs": 3.0}),
         ({"epochs": 3.0, "lr": 1e-4}, {"epochs": 3.0, "lr": 1e-4}),
     ):
         assert priced(given) == sum(npo.expected(split, npo.settings(run)))

@@ -17,6 +17,7 @@ from worlds import small
 
 from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import canvas
+from expunge.audits.pictures import drawn as shown
 from expunge.core.types import Split
 from expunge.modalities import judge as judged
 from expunge.modalities.diffusion.worlds import DIGITS
@@ -84,14 +85,14 @@ def decoded(text: str) -> np.ndarray:
 
 def test_one_row_per_concept_and_only_what_the_model_changed_differs(world):
     model, task, split, _ = world
-    found = images.collect(Probe(model, moved(model, split), task, split))
+    found = shown.collect(Probe(model, moved(model, split), task, split))
     rows = found["grid"]
     assert [(r["name"], r["side"]) for r in rows] == [
         ("seven", "erased"), *((d, "near") for d in DIGITS if d != "seven"), *((t, "far") for t in TONES)
     ]  # fmt: skip
     for row in rows:
         before, after = decoded(row["before"]), decoded(row["after"])
-        assert before.shape == after.shape and len(before) == 8 and 0 < len(before[0]) // 9 <= images.COLUMNS and len(before[0]) % 9 == 0
+        assert before.shape == after.shape and len(before) == 8 and 0 < len(before[0]) // 9 <= shown.COLUMNS and len(before[0]) % 9 == 0
         assert (before[:, 8::9] == 255).all() and before.std() > 1
         assert np.array_equal(before, after) == (row["side"] != "erased"), row["name"]
 
@@ -100,7 +101,7 @@ def test_heat_maps_hold_the_judges_counts(world):
     model, task, split, _ = world
     after = moved(model, split)
     p = Probe(model, after, task, split)
-    found, seen = images.collect(p), {row.name: row for row in audit(p, ["canvas"])}
+    found, seen = shown.collect(p), {row.name: row for row in audit(p, ["canvas"])}
     (untouched, erased), objects = found["retainability"], found["named"]["object"]
     assert (untouched["erased"], erased["erased"], erased["domain"]) == ("", "seven", "object")
     hits, n = erased["right"]["object"]["seven"]
@@ -121,9 +122,9 @@ def test_nothing_is_drawn_twice(world):
     made = len(drawn)
     assert made >= 2
     again = replace(p, after=copy.deepcopy(p.after), cache=dict(p.cache))  # as a verdict's document asks: the audit's model is gone, its drawings are not
-    first = images.collect(again)
-    assert len(drawn) == made and first == images.collect(p)
-    images.collect(replace(again, after=moved(model, split, "three")))
+    first = shown.collect(again)
+    assert len(drawn) == made and first == shown.collect(p)
+    shown.collect(replace(again, after=moved(model, split, "three")))
     assert len(drawn) == made + 1 and drawn[-1][0] is not p.after
 
 
@@ -132,36 +133,36 @@ def test_without_a_judge_a_few_prompts_are_drawn(world, kept):
     model, task, split, drawn = world
     split = split if kept else replace(split, retain=None)
     after = moved(model, split)
-    found = images.collect(Probe(model, after, replace(task, judge=None), split))
-    assert list(found) == ["grid"] and [(n, o["steps"]) for _, n, o in drawn] == [(images.PROMPTS, images.STEPS)] * 2
+    found = shown.collect(Probe(model, after, replace(task, judge=None), split))
+    assert list(found) == ["grid"] and [(n, o["steps"]) for _, n, o in drawn] == [(shown.PROMPTS, shown.STEPS)] * 2
     assert [r["side"] for r in found["grid"]] == (["erased"] * 2 + ["kept"] * 2 if kept else ["erased"] * 4)
     for row in found["grid"]:
         before, later = decoded(row["before"]), decoded(row["after"])
         assert before.shape == (8, 9, 3) and np.array_equal(before, later) == (row["side"] == "kept")
     ours, theirs = Probe(model, model, replace(task, judge=None, null=None), split), Probe(model, model, replace(task, judge=None, shape=()), split)
-    assert images.collect(ours)["grid"] and drawn[-1][2]["guidance"] == 1.0  # no empty prompt: no guidance
+    assert shown.collect(ours)["grid"] and drawn[-1][2]["guidance"] == 1.0  # no empty prompt: no guidance
     prompts = {n: replace(d, x=None) for n, d in split.parts().items()}
-    assert images.collect(replace(theirs, split=replace(split, **prompts)))["grid"] == []  # nothing says what shape is drawn
+    assert shown.collect(replace(theirs, split=replace(split, **prompts)))["grid"] == []  # nothing says what shape is drawn
 
 
 def test_a_request_of_several_concepts_has_a_grid_alone(world):
     model, task, split, _ = world
     mixed = replace(split, forget=replace(split.forget, rows=tuple({**r, "object": DIGITS[k % 3]} for k, r in enumerate(split.forget.rows))))
-    assert list(images.collect(Probe(model, model, task, mixed))) == ["grid"]
+    assert list(shown.collect(Probe(model, model, task, mixed))) == ["grid"]
 
 
 def test_other_tasks_draw_nothing():
     model, task, split = small("classification")
     p = Probe(model, model, task, split)
-    assert images.collect(p) == {} and not {"grid", "named", "retainability"} & set(pictures(p, []))
+    assert shown.collect(p) == {} and not {"grid", "named", "retainability"} & set(pictures(p, []))
 
 
 def test_large_and_broken_images_are_made_fit():
-    wide = decoded(images.png(torch.zeros(2, 3, 512, 256)))
-    assert wide.shape == (128, 2 * (64 + images.gap(128)), 3) and (wide[:, :64] == 128).all()
-    odd = decoded(images.png(torch.tensor([float("nan"), 9.0, -9.0, 1.0]).view(1, 1, 2, 2)))
+    wide = decoded(shown.png(torch.zeros(2, 3, 512, 256)))
+    assert wide.shape == (128, 2 * (64 + shown.gap(128)), 3) and (wide[:, :64] == 128).all()
+    odd = decoded(shown.png(torch.tensor([float("nan"), 9.0, -9.0, 1.0]).view(1, 1, 2, 2)))
     assert odd[:, :2, 0].tolist() == [[128, 255], [0, 255]]
-    assert images.strips([("a", "near", [0])], {"before": torch.zeros(1, 4, 8, 8), "after": torch.zeros(1, 4, 8, 8)}) == []  # latents are no images
+    assert shown.strips([("a", "near", [0])], {"before": torch.zeros(1, 4, 8, 8), "after": torch.zeros(1, 4, 8, 8)}) == []  # latents are no images
 
 
 def test_the_page_shows_them_and_opens_without(world):
@@ -178,11 +179,11 @@ def test_the_page_shows_them_and_opens_without(world):
 
 
 def test_what_cannot_be_read_is_left_out():
-    good = images.png(torch.zeros(2, 1, 8, 8))
+    good = shown.png(torch.zeros(2, 1, 8, 8))
     evil = "<script>alert(1)</script>"
     assert images.grid([{"name": "a", "before": good, "after": t} for t in (None, 7, evil, good[:40], base64.b64encode(b"GIF89a").decode())]) == ""
-    drawn = images.grid([{"name": evil, "side": "near", "before": good, "after": good}, {"before": good}])
-    assert drawn.startswith("<svg") and "<script" not in drawn and "&lt;script&gt;" in drawn
+    painted = images.grid([{"name": evil, "side": "near", "before": good, "after": good}, {"before": good}])
+    assert painted.startswith("<svg") and "<script" not in painted and "&lt;script&gt;" in painted
     assert images.grid(None) == images.named({"a": {"names": ["x"], "before": [[1, 2]]}}) == images.named([]) == images.retainability("") == ""
     assert images.named({"a": {"names": [evil], "before": [[None]], "after": [[float("nan")]]}}).count("<svg") == 1
 

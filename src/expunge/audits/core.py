@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from expunge.core.errors import GateError
+from expunge.core.modality import of
 from expunge.core.registry import CHECKS
-from expunge.core.types import Split, Task, absent
-from expunge.modalities.examples import Examples
+from expunge.core.types import Split, Task
 from expunge.parts.reading import Scores, score
 
 
@@ -81,11 +81,12 @@ class Probe:
         return self.cache[key][0]
 
     def removed(self) -> list[int]:
-        """Classes that the request removes: forget holds examples of them and retain holds none. Empty without retain or for regression."""
-        forget, retain = self.split.forget, self.split.retain
-        if self.task.name != "classification" or not isinstance(forget, Examples) or not isinstance(retain, Examples):
-            return []
-        return absent(forget.y, retain.y).tolist()
+        """Classes that the request removes; empty for most modalities."""
+        return of(self.task).removed(self.split)
+
+    def rows(self, checks: Sequence[str], **changes: Any) -> list[Row]:
+        """Rows of these checks (those of them that train nothing) on the probe with fields changed."""
+        return audit(replace(self, **changes), checks, slow=False)
 
 
 def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list[Row]:
@@ -97,7 +98,7 @@ def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list
     rows: list[Row] = []
     for name in names or CHECKS:
         check = CHECKS[name]
-        applies = probe.task.name in check.tasks and set(check.needs) <= have and (probe.references or not check.reference) and (probe.pool or not check.pool)
+        applies = check.suits(probe.task) and set(check.needs) <= have and (probe.references or not check.reference) and (probe.pool or not check.pool)
         if applies and (slow or names or not check.slow):
             rows += check(probe)
     return rows

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from expunge.audits.core import Probe, Row
+from expunge.core.modality import of
 from expunge.core.registry import check
 from expunge.core.stats import Z
-from expunge.modalities.language.texts import Texts
 from expunge.parts.reading import Scores
 
 GROUP = 5
@@ -32,7 +32,7 @@ def drop(p: Probe) -> list[Row]:
 
     Of records and classes there is nothing without retain, which says what classes are kept.
     """
-    if p.split.retain is None and p.task.name != "causal_lm":
+    if p.split.retain is None and not of(p.task).alone:
         return []
     names = [f"reference{k}" for k in range(len(p.references))] or ["before"]
     note = f"against the mean of {len(p.references)} retrained models" if p.references else "against the model before"
@@ -46,13 +46,13 @@ def drop(p: Probe) -> list[Row]:
         keep = torch.ones(len(after.nll), dtype=torch.bool) if after.labels is None else ~torch.isin(after.labels, removed)
         reference = torch.stack([badness(p.scores(name, part))[keep] for name in names]).mean(0)
         mine = badness(after)[keep]
-        scale = 1.0 if p.task.name != "regression" else float(reference.mean().clamp(min=1e-12))
+        scale = float(reference.mean().clamp(min=1e-12)) if of(p.task).relative else 1.0
         rows.append(paired(f"drop.{part}", (mine - reference) / scale, note))
         if part == "test" and after.labels is not None:
             labels = after.labels[keep]
             each = {k: paired("drop.worst", (mine - reference)[labels == k], f"class {k}; {note}") for k in labels.unique().tolist()}
             rows += [max(each.values(), key=lambda r: r.value)] if each else []
-        if part != "test" and isinstance(data, Texts):
+        if part != "test" and hasattr(data, "rows"):
             kept.append((data.rows, mine - reference))
     return rows + (worst([row for some, _ in kept for row in some], torch.cat([d for _, d in kept]), note) if kept else [])
 

@@ -161,7 +161,7 @@ def grouped(found: Sequence[Named]) -> list[dict[str, Any]]:
 def lacking(p: Probe, rule: Rule, rows: Mapping[str, Row]) -> str:
     """Why an audit with these rows has none of the rule's, by what the check of the last of them (the least demanding) needs."""
     check = CHECKS[checks_for(rule.rows[-1:])[0]]
-    if p.task.name not in check.tasks:
+    if not check.suits(p.task):
         return f"nothing measures this on {WORDS.get(p.task.name, p.task.name)}"
     have = p.split.parts()
     parts = [name for name in dict.fromkeys((*check.needs, *rule.parts)) if name not in have]

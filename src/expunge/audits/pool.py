@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from expunge.core import files, guard
 from expunge.core.errors import ModelError, SettingError
-from expunge.core.types import Split, Task, concat
+from expunge.core.types import Records, Split, Task, concat
 from expunge.engine import stacked
-from expunge.modalities.examples import Examples
 from expunge.parts import training
 from expunge.parts.reading import margin
 
@@ -43,7 +42,7 @@ class Pool:
     def __repr__(self) -> str:
         return f"Pool({len(self.models)} shadow models over {len(self.keys):,} records)"
 
-    def rows(self, data: Examples) -> Tensor:
+    def rows(self, data: Records) -> Tensor:
         """(n,) positions of the records in the universe. Raises SettingError when one is not there: it cannot be calibrated."""
         where = {key: k for k, key in enumerate(self.keys)}
         missing = sum(key not in where for key in data.keys)
@@ -51,18 +50,18 @@ class Pool:
             raise SettingError(f"{missing} of {len(data)} records are not in the shadow pool's universe; train a pool that holds them")
         return torch.tensor([where[key] for key in data.keys], dtype=torch.long)
 
-    def margins(self, data: Examples) -> Tensor:
+    def margins(self, data: Records) -> Tensor:
         """(K, n) log-odds phi of the true label, by every shadow."""
         if data.digest not in self.cache:
             logits = stacked.logits(self.models, self.task, data)
             self.cache[data.digest] = torch.stack([margin(each, data.y) for each in logits])
         return self.cache[data.digest]
 
-    def sides(self, data: Examples) -> Tensor:
+    def sides(self, data: Records) -> Tensor:
         """(K, n) bool: which shadows saw which record."""
         return self.inside[:, self.rows(data)]
 
-    def vulnerable(self, data: Examples, m: int) -> Tensor:
+    def vulnerable(self, data: Records, m: int) -> Tensor:
         """(m,) positions in `data` of the records that membership shows in most: the largest (mu_in - mu_out) / s of their log-odds, in order.
 
         s is the pooled deviation of the record's two sides. Raises SettingError unless 0 < m <= len(data).
@@ -105,7 +104,7 @@ def halves(n: int, k: int, seed: int) -> Tensor:
 
 
 def shadows(
-    model: nn.Module, task: Task, universe: Examples, recipe: Mapping[str, Any], *, k: int = 64, seed: int = 0, folder: Path | str | None = None,
+    model: nn.Module, task: Task, universe: Records, recipe: Mapping[str, Any], *, k: int = 64, seed: int = 0, folder: Path | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Pool:  # fmt: skip
     """Train, or read from `folder`, k shadows of the model's architecture on halves of the universe.
@@ -151,7 +150,7 @@ def recipe(text: str) -> dict[str, Any]:
     return found
 
 
-def universe(split: Split) -> Examples:
+def universe(split: Split) -> Records:
     """Every record of forget, retain and test once, in that order: what a pool for this split is trained on halves of."""
     whole = concat(*(part for part in (split.forget, split.retain, split.test) if part is not None))
     first: dict[bytes, int] = {}
@@ -161,7 +160,7 @@ def universe(split: Split) -> Examples:
 
 
 def forgotten(
-    pool: Pool, method: str, data: Examples, records: Examples, settings: Mapping[str, Any] | None = None, *, k: int | None = None, seed: int = 0,
+    pool: Pool, method: str, data: Records, records: Records, settings: Mapping[str, Any] | None = None, *, k: int | None = None, seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Pool:  # fmt: skip
     """The first k shadows after `method` made each forget those of `records` that it saw: the calibration of U-LiRA.

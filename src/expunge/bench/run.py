@@ -21,22 +21,17 @@ from torch import nn
 from expunge.audits.core import Probe, audit
 from expunge.bench.table import NOTHING, markdown
 from expunge.core.errors import SettingError
+from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import Attempt, unlearn
 from expunge.modalities.worlds import World, cache_folder, world
 from expunge.planning.outcome import TRIVIAL, patched
-from expunge.planning.plan import LEAST_EPOCHS, RECIPE, closeness, stride, tuned
+from expunge.planning.plan import closeness, tuned
 
 SUFFIX = ":published"
 """Language worlds: `NAME:published` runs the method as published, all its steps, but for lr, which is what suits the model's width; NAME alone runs it
-as the autopilot does (`plan.RECIPE`), ended where validation says."""
-
-CHECKED = ("tofu", "memorised", "membership_text", "drop", "membership", "wording", "bare")
-"""Checks of language cells; the others add nothing to the table."""
-
-DRAWN = ("canvas", "prompt_attack")
-"""Checks of cells of diffusion models, which read no retrained models; with `slow` all of them."""
+as the autopilot does (`language.autopilot.RECIPE`), ended where validation says."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "esd+retain": ("esd", {"alpha": 1.0}),
@@ -105,14 +100,14 @@ def bench(
     scenarios   those of the world when none is named
     methods    names, labels of VARIANTS, and "all" for every method that suits the world
     seeds    how many, from 0 on, or which; the seed decides the original that is unlearned, too
-    references    retrained models that a cell is read against: 3, and none where the checks of its table read none (DRAWN)
+    references    retrained models that a cell is read against: as many as the modality's table reads, 3 with `slow`
     Every method runs with the defaults of its signature, overlaid by PRESETS for the world; nothing is tuned per seed. The baselines (doing
     nothing, fine-tuning on retain, a last layer drawn anew, retraining) stand in every table, whatever was asked for.
     """
     w, cache = world(name), cache or cache_folder()
     scenarios = scenarios or w.scenarios
     if references is None:
-        references = 0 if w.task.name == "diffusion" and not slow else 3
+        references = 3 if slow else of(w.task).bench[1]
     named = [methods] if isinstance(methods, str) else methods
     asked = [m for name in named for m in (METHODS if name == "all" else [name]) if METHODS[resolve(m)[0]]]
     chosen = list(dict.fromkeys([NOTHING, "fine_tune", "reset_last", "retrain", *asked]))
@@ -148,8 +143,9 @@ def settings(w: World, method: str) -> dict[str, Any]:
     if method == NOTHING:
         return {}
     name, changes = resolve(method)
-    if w.task.name == "causal_lm" and method != "retrain" and "lr" in METHODS[name].defaults:
-        changes = {**changes, "lr": "width"} if method.endswith(SUFFIX) else {"recipe": {**RECIPE, "epochs": LEAST_EPOCHS}}
+    told = of(w.task).search.told
+    if told and method != "retrain" and "lr" in METHODS[name].defaults:
+        changes = {**changes, "lr": "width"} if method.endswith(SUFFIX) else {"recipe": dict(told)}
     return dict(w.recipe) if method == "retrain" else {**METHODS[name].defaults, **changes, **PRESETS.get(w.name, {}).get(method, {})}
 
 
@@ -163,7 +159,7 @@ def feasible(w: World, scenario: str, name: str) -> bool:
     record, have = METHODS[name], set(w.split(scenario).parts())
     if record.twin and not w.name.endswith(f"-{record.twin}"):
         return False
-    return name == "retrain" or (w.task.name in record.tasks and set(record.needs) <= have)
+    return name == "retrain" or (record.suits(w.task) and set(record.needs) <= have)
 
 
 def run_cell(
@@ -189,13 +185,13 @@ def run_cell(
     else:
         asked = settings(w, method)
         if asked.get("lr") == "width":
-            asked["lr"] = stride(asked, w.task, original)
+            asked["lr"] = of(w.task).search.stride(asked, w.task, original)
         attempt = unlearn(resolve(method)[0], original, w.task, split, seed=seed, **asked)
         after = patched(original, attempt)
     ran, cpu = time.perf_counter() - start, 0.0 if method == NOTHING else time.process_time() - cpu
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
     audited = attempt.outcome == "ok" or method == NOTHING
-    brief = () if slow else {"causal_lm": CHECKED, "diffusion": DRAWN}.get(w.task.name, ())
+    brief = () if slow else of(w.task).bench[0]
     names = [n for n in brief if n in CHECKS]
     rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), names, slow=slow) if audited else []
     if after is not original:

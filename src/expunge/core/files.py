@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from expunge.core.edits import raw
-from expunge.core.errors import ExpungeError, PatchError
+from expunge.core.errors import DataError, ExpungeError, PatchError
 
 
 def write(path: str | Path, data: bytes | str) -> Path:
@@ -72,3 +72,11 @@ def verified(path: Path, entry: str, error: type[ExpungeError], broken: str, for
     if not hmac.compare_digest(file_digest(header[entry], tensors), header["sha256"]):
         raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
     return header, tensors
+
+
+def inside(path: str, folder: Path) -> Path:
+    """`path` under `folder`; raises DataError when it leaves it."""
+    full = (folder / path).resolve()
+    if not full.is_relative_to(folder.resolve()):
+        raise DataError(f"path '{path}' leaves the folder {folder.name}")
+    return full

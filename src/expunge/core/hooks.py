@@ -86,7 +86,7 @@ class Wrap:
     check: Callable[[nn.Module, Hook], None] | None
 
 
-WRAPS: Registry = Registry("expunge.modalities", "kind of guard", room="guards", group="expunge.wraps")
+WRAPS: Registry = Registry("expunge.modalities", "kind of guard", only=r"\.guards\.", group="expunge.wraps")
 
 
 def wrap(*, config: Mapping[str, type], tensors: Mapping[str, int], gate: Any = None, check: Any = None) -> Callable[[Attach], Wrap]:

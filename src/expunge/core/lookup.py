@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,11 +13,11 @@ from expunge.core.errors import SettingError, suggest
 
 
 class Registry(Mapping):
-    """Name -> record, filled on first use from all modules below a package (or, with `room`, those inside its rooms of that name) and from an entry-point
+    """Name -> record, filled on first use from all modules below a package (or those whose full name the pattern `only` finds) and from an entry-point
     group, called as the package if it has no name of its own."""
 
-    def __init__(self, package: str, kind: str, *, room: str = "", group: str = "") -> None:
-        self.package, self.kind, self.room, self.group = package, kind, room, group or package
+    def __init__(self, package: str, kind: str, *, only: str = "", group: str = "") -> None:
+        self.package, self.kind, self.only, self.group = package, kind, only, group or package
         self._found: dict[str, Any] = {}
         self._loaded = False
 
@@ -31,7 +32,7 @@ class Registry(Mapping):
             self._loaded = True
             folder = importlib.import_module(self.package)
             for info in pkgutil.walk_packages(folder.__path__, f"{self.package}."):
-                if not self.room or f".{self.room}." in info.name:
+                if re.search(self.only, info.name):
                     importlib.import_module(info.name)
             for point in entry_points(group=self.group):
                 point.load()

@@ -20,6 +20,7 @@ from torch import nn
 from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError, suggest
 from expunge.core.lookup import Registry
+from expunge.core.modality import of
 from expunge.core.patch import Patch
 from expunge.core.types import Split, Task
 
@@ -108,16 +109,20 @@ class Method:
         """Examples forward and backward that a run with these settings will cost."""
         return self.cost({name: len(part) for name, part in split.parts().items()}, settings)
 
+    def suits(self, task: Task) -> bool:
+        """Whether it works on the task: it names it, or the task's modality adopts it."""
+        return suits(self, task)
+
     def check(self, task: Task, split: Split, settings: Mapping[str, Any] | None = None, model: nn.Module | None = None) -> None:
         """Raises SettingError or SplitError if this method cannot work on this task or split; with all its `settings`, if these ask for a part that is not
         there; with a `model`, ModelError if it is not of the kind that the method needs."""
-        if task.name not in self.tasks:
+        if not self.suits(task):
             raise SettingError(f"{self.name} works on {', '.join(self.tasks)}, not on {task.name}")
         try:
             split.require(*self.needs)
         except SplitError as error:
             there = {name for name, part in split.parts().items() if len(part)}
-            others = [m.name for m in METHODS.values() if task.name in m.tasks and set(m.needs) <= there]
+            others = [m.name for m in METHODS.values() if m.suits(task) and set(m.needs) <= there]
             raise SplitError(f"{error}. Methods that can do with that: {', '.join(others) or 'none'}") from None
         if model is not None and self.accepts is not None:
             self.accepts(model)
@@ -197,6 +202,42 @@ class Check:
 
     def __call__(self, probe: Any) -> list:
         return self.function(probe)
+
+    def suits(self, task: Task) -> bool:
+        """Whether it reads models of the task."""
+        return suits(self, task)
+
+
+def suits(record: Any, task: Task) -> bool:
+    """Whether a method or check names the task, or its modality adopts it."""
+    kind = task.name
+    return kind in record.tasks or of(task).adopts(record)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Data of pictures for the report: (Probe) -> {name: JSON}, for models of the tasks it names."""
+
+    name: str
+    function: Callable
+    tasks: tuple[str, ...]
+
+    def suits(self, task: Task) -> bool:
+        """Whether it shows models of the task."""
+        return suits(self, task)
+
+
+PICTURES: Registry = Registry("expunge.audits", "picture")
+
+
+def picture(name: str, *, tasks: tuple[str, ...]) -> Callable:
+    """Register data of pictures under a name."""
+
+    def wrap(function: Callable) -> Callable:
+        PICTURES.add(Picture(name, function, tasks))
+        return function
+
+    return wrap
 
 
 def check(*, tasks: tuple[str, ...], needs: tuple[str, ...], reference: bool = False, slow: bool = False, pool: bool = False) -> Callable:

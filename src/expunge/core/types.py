@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,23 @@ IGNORE = -100
 Data = Any
 """A sequence of records, or None where a part is missing; in memory a record type of the modality."""
 BUFFERS = ("move", "freeze", "recompute")
+
+
+class Records(Protocol):
+    """Rows held in memory: inputs x (N, ...), targets y (N,) or (N, K), ids (N,); one key per row, equal for equal rows, and a digest of all."""
+
+    x: Any
+    y: Any
+    ids: Tensor
+    augment: Any
+
+    def __len__(self) -> int: ...
+    def take(self, index: Any) -> Any: ...
+    def joined(self, *others: Any) -> Any: ...
+    @property
+    def keys(self) -> list[bytes]: ...
+    @property
+    def digest(self) -> str: ...
 
 
 def held(data: Any) -> bool:
@@ -209,6 +226,7 @@ class Task:
     collate(data, index, generator) -> Batch       all randomness lives here; generator None means no augmentation
     forward(model, batch) -> Out                   a pure function of both; device and float type follow the model
     features(model, batch, layer) -> (B, D)        inputs of the last linear layer when `layer` is ""
+    tied                                           whether the loss of a record depends on the others of its batch
     """
 
     name: str
@@ -216,6 +234,7 @@ class Task:
     forward: Callable[[nn.Module, Batch], Out]
     features: Callable[[nn.Module, Batch, str], Tensor]
     sample: Callable[..., Any] | None = None
+    tied: bool = False
 
     def batches(self, data: Sequence, size: int, *, epochs: float = 1, seed: int | None = None) -> Batches:
         """Batches of `data`; shuffled and augmented when a seed is given, in order and plain when not."""

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.files import write
+from expunge.core.modality import of
 from expunge.core.stats import wilson
+from expunge.core.types import Records
 from expunge.guarantees.exact.design import Design, s3t, safe, sisa
 from expunge.guarantees.exact.ensemble import fit
 from expunge.guarantees.exact.stream import document, plot, serve
 from expunge.modalities.classification.task import classification
-from expunge.modalities.examples import Examples
 from expunge.parts import training
 from expunge.report.page import page
 
@@ -37,7 +39,7 @@ HEADS: dict[str, Any] = {"batch_size": 32, "lr": 0.05, "momentum": 0.9}
 ADAPTERS: dict[str, Any] = {"batch_size": 32, "lr": 2e-3, "optimizer": "adamw", "momentum": 0.0, "rank": 8}
 
 
-def digits() -> tuple[Examples, Examples, Tensor, Tensor]:
+def digits() -> tuple[Records, Records, Tensor, Tensor]:
     """(public, private, x, y of held-out digits): scikit-learn's 1,797 digits in [0, 1], (N, 64), by a fixed seed."""
     from sklearn.datasets import load_digits
 
@@ -45,7 +47,8 @@ def digits() -> tuple[Examples, Examples, Tensor, Tensor]:
     x, y = torch.tensor(raw.data / 16, dtype=torch.float32), torch.tensor(raw.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     public, held, private = order[:PUBLIC], order[PUBLIC : PUBLIC + HELD], order[PUBLIC + HELD :]
-    return Examples(x[public], y[public], public), Examples(x[private], y[private], private), x[held], y[held]
+    rows = of(classification()).rows
+    return rows(x[public], y[public], public), rows(x[private], y[private], private), x[held], y[held]
 
 
 def deep(width: int = 64, depth: int = 6, seed: int = 0) -> nn.Sequential:
@@ -125,11 +128,11 @@ def _share(value: tuple[float, float, float]) -> str:
     return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
 
 
-def _monolithic(head: nn.Module, backbone: nn.Module, data: Examples, x: Tensor, y: Tensor) -> tuple[float, float, float]:
+def _monolithic(head: nn.Module, backbone: nn.Module, data: Records, x: Tensor, y: Tensor) -> tuple[float, float, float]:
     with torch.no_grad():
         features, held = backbone(data.x), backbone(x)
     model = training.fresh(head, 0)
-    training.train(model, classification(), Examples(features, data.y, data.ids), epochs=20, batch_size=32, seed=0, lr=0.05, momentum=0.9)
+    training.train(model, classification(), replace(data, x=features), epochs=20, batch_size=32, seed=0, lr=0.05, momentum=0.9)
     return wilson(int((model(held).argmax(1) == y).sum()), len(y))
 
 

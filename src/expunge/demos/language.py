@@ -70,3 +70,13 @@ def trained(k: int, folder: Path) -> None:
         w.retrained("forget10", k - 1, folder)
     else:
         w.original(0, folder)
+
+
+def told(result: dict[str, Any], out: str) -> list[str]:
+    """What the terminal says after the report: answers before and after, and what was released."""
+    lines = [f"\n[{turn['about']}] {turn['question']}\n  before  {turn['before']}\n  after   {turn['after']}" for turn in result["talk"]]
+    lines.append(f"\nreport in {out}/report.html and report.json")
+    if result["released"]:
+        lines.append(f"released model in {result['released']}: loaded without expunge it gives {'the same' if result['same_answers'] else 'OTHER'} answers")
+        lines.append(f"patch applied and reverted: the model is {'bit-identical' if result['reverted'] else 'NOT bit-identical'}")
+    return [*lines, f"{result['seconds']:.0f} seconds"]

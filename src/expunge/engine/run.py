@@ -24,11 +24,10 @@ from expunge.core.edits import Hook
 from expunge.core.errors import Diverged, ExpungeError, ScopeError, SplitError
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
+from expunge.core.modality import of
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
 from expunge.core.types import Split, Task, device_of, held
-from expunge.modalities.examples import Examples
-from expunge.modalities.language.texts import Texts
 
 OUTCOMES = ("ok", "no_op", "diverged", "refused")
 
@@ -161,35 +160,6 @@ def preflight(model: nn.Module, task: Task, split: Split) -> None:
         raise ScopeError("the model has no trainable weight: no parameter requires a gradient")
     with quiet(model):
         for name, part in split.parts().items():
-            if isinstance(part, Examples) and not torch.isfinite(part.x.float()).all():
-                raise SplitError(f"{name} holds inputs that are not finite")
-        if task.name == "classification":
-            _check_labels(model, task, split)
-        if task.name == "causal_lm":
-            check_texts(model, split)
-
-
-def check_texts(model: nn.Module, split: Split, which: str = "the model") -> None:
-    """Raises SplitError for parts that are no Texts, or that hold tokens or lengths which the model (named by `which`) cannot take."""
-    config = getattr(model, "config", None)
-    known, context = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    for name, part in split.parts().items():
-        if not isinstance(part, Texts):
-            raise SplitError(f"{name} must be Texts (see data.text), not {type(part).__name__}")
-        top, longest = max(int(t.max()) for t in part.tokens), max(len(t) for t in part.tokens)
-        if known is not None and top >= known:
-            raise SplitError(f"{name} holds token {top}; {which} knows {known}: is this its tokenizer?")
-        if context is not None and longest > context:
-            raise SplitError(f"{name} holds a text of {longest} tokens; the context of {which} is {context}: lower max_length")
-
-
-def _check_labels(model: nn.Module, task: Task, split: Split) -> None:
-    first = task.batches(split.forget, 2)[0]
-    try:
-        classes = task.forward(model, {**first, "y": torch.zeros_like(first["y"])}).logits.shape[-1]
-    except (RuntimeError, IndexError) as error:
-        raise SplitError(f"the model cannot take the forget set's inputs {tuple(first['x'].shape[1:])}: {str(error).splitlines()[0]}") from None
-    for name, part in split.parts().items():
-        if isinstance(part, Examples) and (part.y.is_floating_point() or int(part.y.min()) < 0 or int(part.y.max()) >= classes):
-            found = "real-valued targets" if part.y.is_floating_point() else f"labels {int(part.y.min())} to {int(part.y.max())}"
-            raise SplitError(f"{name} has {found}; the model has {classes} outputs, so labels must be integers in 0..{classes - 1}")
+            if why := getattr(part, "fault", ""):
+                raise SplitError(f"{name} {why}")
+        of(task).preflight(model, task, split)

@@ -21,9 +21,8 @@ from torch.nn import functional as F
 from expunge.core import guard
 from expunge.core.errors import ScopeError, SettingError
 from expunge.core.session import NORMS, Bound
-from expunge.core.types import Batch, Batches, Task
+from expunge.core.types import Batch, Batches, Records, Task
 from expunge.modalities.classification import task as classification
-from expunge.modalities.examples import Examples
 from expunge.parts.updates.descend import HALF, SCHEDULES, clear, optimiser
 
 CHUNK = 64
@@ -49,7 +48,7 @@ Gradient = Callable[[dict[str, Tensor], dict[str, Tensor], Batch, Tensor | None]
 
 
 def train(
-    models: Sequence[nn.Module], task: Task, parts: Sequence[Examples], *, epochs: float, batch_size: int, seeds: Sequence[int], lr: float,
+    models: Sequence[nn.Module], task: Task, parts: Sequence[Records], *, epochs: float, batch_size: int, seeds: Sequence[int], lr: float,
     schedule: str = "constant", chunk: int = CHUNK, alike: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Train `models` in place, model k on parts[k] with seeds[k], as `training.train` would one by one; leaves them in eval mode.
@@ -141,7 +140,7 @@ def _widened(model: nn.Module) -> nn.Module:
     return wide
 
 
-def _wide(part: Examples) -> Examples:
+def _wide(part: Records) -> Records:
     """The part with the inputs of `_widened`: rows flattened and filled up with zeros."""
     x = part.x.flatten(1)
     return part if part.x.ndim == 2 and x.shape[1] == _up(x.shape[1]) else replace(part, x=F.pad(x, (0, _up(x.shape[1]) - x.shape[1])))
@@ -160,7 +159,7 @@ def _padding(model: nn.Module, task: Task, batches: Sequence[Batches]) -> None:
     tied = [
         name for name, m in model.named_modules() if isinstance(m, NORMS) and (m.running_mean is not None or isinstance(m, nn.modules.batchnorm._BatchNorm))
     ]
-    if not tied and task.name != "contrastive":
+    if not tied and not task.tied:
         return
     first = 0
     for last in sorted({len(b) for b in batches}):
@@ -213,7 +212,7 @@ def _pad(rows: Tensor, width: int) -> Tensor:
 def _rows(batches: Sequence[Batches]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Inputs and targets of all parts, one after another, and (K,) where each part starts. None unless batches are rows of examples in memory as they
     are, of one shape, and all parts together are small enough for a copy (COPY)."""
-    data = [b.data for b in batches if isinstance(b.data, Examples) and b.data.augment is None and b.data.x.ndim != 4 and b.collate is classification.collate]
+    data = [b.data for b in batches if b.collate is classification.collate and b.data.augment is None and isinstance(b.data.x, Tensor) and b.data.x.ndim != 4]
     kinds = [{(t.shape[1:], t.dtype, t.device) for t in tensors} for tensors in ([d.x for d in data], [d.y for d in data])]
     if len(data) < len(batches) or any(len(kind) > 1 for kind in kinds) or sum(d.x.nbytes for d in data) > COPY:
         return None
@@ -266,8 +265,8 @@ def _product(model: nn.Module, task: Task, batches: Sequence[Batches]) -> Gradie
     with w the weight of a row in its model's loss. None for anything else: another task, other layers, hooks, half precision, labels that are no classes.
     """
     layers = _chain(model)
-    parts = [b.data for b in batches if isinstance(b.data, Examples)]
-    if layers is None or task.forward is not SIMPLE.forward or len(parts) < len(batches):
+    parts = [b.data for b in batches]
+    if layers is None or task.forward is not SIMPLE.forward or not all(isinstance(data.x, Tensor) for data in parts):
         return None
     names, linears = [n for n, _ in layers], [m for _, m in layers if isinstance(m, nn.Linear)]
     flat = isinstance(layers[0][1], nn.Flatten)
@@ -397,7 +396,7 @@ def unstack(models: Sequence[nn.Module], params: dict[str, Tensor], buffers: dic
             model.eval()
 
 
-def logits(models: Sequence[nn.Module], task: Task, data: Examples, size: int = 500) -> Tensor:
+def logits(models: Sequence[nn.Module], task: Task, data: Records, size: int = 500) -> Tensor:
     """(K, N, C) logits of all models in eval mode, in one pass per batch."""
     params, buffers = stack(models)
     base = copy.deepcopy(models[0]).eval()

@@ -38,6 +38,11 @@ class Examples:
     def __repr__(self) -> str:
         return f"Examples({len(self):,} of shape {tuple(self.x.shape[1:])}, targets {str(self.y.dtype).removeprefix('torch.')})"
 
+    @property
+    def fault(self) -> str:
+        """What is wrong with the inputs, or nothing."""
+        return "" if bool(torch.isfinite(self.x.float()).all()) else "holds inputs that are not finite"
+
     def joined(self, *others: Examples) -> Examples:
         """These records and those of the others, one after another."""
         parts = (self, *others)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core.errors import DataError, ExpungeError, ModelError
+from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.files import write
 
 MAX_BYTES = 1 << 36
@@ -89,11 +89,3 @@ def distinct(model: nn.Module) -> dict[str, torch.Tensor]:
         known.add((t.data_ptr(), t.shape))
         found[name] = t.detach().cpu().contiguous()
     return found
-
-
-def inside(path: str, folder: Path) -> Path:
-    """`path` under `folder`; raises DataError when it leaves it."""
-    full = (folder / path).resolve()
-    if not full.is_relative_to(folder.resolve()):
-        raise DataError(f"path '{path}' leaves the folder {folder.name}")
-    return full

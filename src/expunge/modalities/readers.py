@@ -24,7 +24,7 @@ def load(spec: str, task: str, folder: Path | None = None, *, inside: bool = Fal
 
     Raises DataError naming the column, row or file that cannot be read.
     """
-    from expunge.modalities import models
+    from expunge.core import files
 
     kind, _, rest = spec.partition(":")
     if kind == "py":
@@ -36,7 +36,7 @@ def load(spec: str, task: str, folder: Path | None = None, *, inside: bool = Fal
         raise DataError(suggest("no kind of data", kind, ["py", "world", *readers]))
     name, _, query = rest.partition("?")
     place = folder or Path.cwd()
-    path = models.inside(name, place) if inside else place / name
+    path = files.inside(name, place) if inside else place / name
     if not path.exists():
         raise DataError(f"no file or folder {name}")
     return readers[kind](kind, path, dict(parse_qsl(query)), task)

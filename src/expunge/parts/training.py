@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError
+from expunge.core.modality import of
 from expunge.core.session import scratch
 from expunge.core.types import Task, device_of, float_of
 from expunge.parts.updates.descend import descend
@@ -82,7 +83,5 @@ def train(model: nn.Module, task: Task, data, *, epochs: float, batch_size: int,
 
 
 def pace(task: Task, model: nn.Module) -> dict[str, Any]:
-    """How attackers train: SGD with momentum 0.9 and lr 0.01; language models AdamW with lr 0.1 / (features of a token), 1e-3 for a width of 100."""
-    if task.name != "causal_lm":
-        return {"lr": 0.01, "momentum": 0.9, "clip": 10.0}
-    return {"lr": 0.1 / int(getattr(model.config, "hidden_size", 100)), "optimizer": "adamw", "clip": 1.0}  # pyright: ignore
+    """How attackers train: SGD with momentum 0.9 and lr 0.01, unless the modality says otherwise."""
+    return of(task).pace(model)

@@ -17,10 +17,12 @@ from expunge.audits.core import Probe, Row, audit
 from expunge.audits.named import Named, grouped, named
 from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
 from expunge.core.digest import model_digest
+from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task
-from expunge.engine.run import Attempt, check_texts, preflight, unlearn
-from expunge.modalities.language.texts import Texts
+from expunge.engine.run import Attempt, preflight, unlearn
+from expunge.report import html, table
+from expunge.report import pictures as shown_by
 
 TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
 """Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""
@@ -28,7 +30,7 @@ TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tun
 
 def trivial(task: Task) -> dict[str, tuple[str, dict[str, Any]]]:
     """Those of TRIVIAL that work on the task."""
-    return {label: found for label, found in TRIVIAL.items() if task.name in METHODS[found[0]].tasks}
+    return {label: found for label, found in TRIVIAL.items() if METHODS[found[0]].suits(task)}
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ class Verdict:
         """The report, inside a notebook's cell."""
         from html import escape
 
-        from expunge.report.html import render
-
-        return f'<iframe srcdoc="{escape(render(self.document()))}" width="100%" height="700" style="border:0"></iframe>'
+        return f'<iframe srcdoc="{escape(html.render(self.document()))}" width="100%" height="700" style="border:0"></iframe>'
 
     def save(self, folder: Path | str, title: str = "Unlearning report", key: bytes | None = None, document: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write report.html, report.json and, if a patch was chosen, patch.safetensors (signed with `key`) to a folder; returns the document.
@@ -78,8 +78,6 @@ class Verdict:
         document    written instead of `self.document(title)`, with the patch's file name added
         Raises PatchError when a file cannot be written; none is left half-written.
         """
-        from expunge.report import html, table
-
         folder, document = Path(folder), document or self.document(title)
         if self.chosen is not None and self.chosen.attempt.patch is not None:
             document["chosen"]["patch"] = self.chosen.attempt.patch.save(folder / "patch.safetensors", key).name
@@ -90,7 +88,6 @@ class Verdict:
     def document(self, title: str = "Unlearning report", *, pictures: bool = True) -> dict[str, Any]:
         """JSON-able record in the report's schema."""
         from expunge import __version__
-        from expunge.report.pictures import pictures as draw
 
         p, chosen = self.probe, self.chosen
         shown = chosen or next((t for t in reversed(self.tries) if t.attempt.patch is not None and t.attempt.seed == p.seed), None)
@@ -106,12 +103,12 @@ class Verdict:
                 "method": chosen.attempt.method, "settings": dict(chosen.attempt.settings), "seed": chosen.attempt.seed, "cost": self._cost(chosen.attempt),
                 **({} if chosen.attempt.patch is None else {"digest": chosen.attempt.patch.digest, "places": chosen.attempt.patch.places}),
             },
-            "talk": [] if after is None or not pictures else talk(p, after),
+            "talk": [] if after is None or not pictures else of(p.task).talk(p, after),
             "sections": [] if after is None else grouped(self._named(shown, after)),
             "rules": dict(self.rules), "tries": [self._try(t) for t in self.tries],
             "baselines": {name: [asdict(r) for r in rows] for name, rows in self.baselines.items()},
             "selftest": [asdict(t) for t in self.trials], "notes": list(self.notes),
-            "pictures": draw(replace(p, after=after, cache=dict(p.cache)), self.tries) if pictures and after is not None else {},
+            "pictures": shown_by.pictures(replace(p, after=after, cache=dict(p.cache)), self.tries) if pictures and after is not None else {},
         }  # fmt: skip
 
     def _named(self, shown: Try, after: nn.Module) -> list[Named]:
@@ -135,21 +132,6 @@ class Verdict:
             "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason, "passed": t.passed,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
-
-
-def talk(p: Probe, after: nn.Module, most: int = 3, new: int = 48) -> list[dict[str, str]]:
-    """A few questions of forget and retain with the true answer and the greedy answers before and after; none for tasks without questions."""
-    found = []
-    for about, data in (("forgotten", p.split.forget), ("kept", p.split.retain)):
-        asked = [k for k, row in enumerate(data.rows) if "question" in row] if isinstance(data, Texts) else []
-        if asked and p.task.sample is not None:
-            rows = data.take([asked[j * len(asked) // most] for j in range(min(most, len(asked)))])
-            said = [p.task.sample(model, rows, new=new) for model in (p.before, after)]
-            found += [
-                {"about": about, "question": row["question"], "truth": row["answer"], "before": a, "after": b}
-                for row, a, b in zip(rows.rows, *said, strict=True)
-            ]  # fmt: skip
-    return found
 
 
 def patched(model: nn.Module, attempt: Attempt) -> nn.Module:
@@ -180,8 +162,7 @@ def audited(
     """
     preflight(before, task, split)
     for which, model in (("the model after", after), *((f"reference {k}", r) for k, r in enumerate(references, 1))):
-        if isinstance(split.forget, Texts):
-            check_texts(model, split, which)
+        of(task).fits(model, split, which)
     p = Probe(before, after, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))

@@ -8,37 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from expunge.audits.core import Probe
 from expunge.audits.verdict import blind, default_rules, selftest
 from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.guard import Guard, Meter
+from expunge.core.modality import of
 from expunge.core.registry import METHODS
-from expunge.core.stats import auc
-from expunge.core.types import Split, Task, spread
-from expunge.engine.run import check_texts, preflight, unlearn
-from expunge.modalities.language.texts import Texts
-from expunge.modalities.pictures import Pictures
-from expunge.parts.reading import score
-from expunge.parts.training import pace
+from expunge.core.types import Split, Task
+from expunge.engine.run import preflight, unlearn
 from expunge.planning.outcome import Try, Verdict, baselines, examined, patched, remarks
-
-SCALES = (1.0, 3.0, 0.3)
-"""Multiples of a method's default strength that the autopilot tries, best on validation first audited."""
-
-TEXT_SCALES = (1.0, 0.3)
-"""The same for language models, as multiples of the step size that suits the model's width (`training.pace`)."""
-
-RECIPE = {"batch_size": 8, "accumulate": 1, "retain_size": 32, "retain": "ce"}
-"""How the autopilot runs language methods, whatever their papers say: four kept texts for each forgotten one, and never without them."""
-
-LEAST_EPOCHS = 10.0
-"""Passes over forget that it allows at least; validation ends them earlier."""
-
-MOST = 64
-"""Most retain records that a validation score of texts reads."""
 
 KINDS = {"moe": "a mixture of experts"}
 """What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
@@ -64,7 +44,7 @@ class Option:
 def plan(
     task: Task, split: Split, *, model: nn.Module | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None, retrain_passes: float | None = None,
 ) -> list[Option]:  # fmt: skip
-    """All methods, feasible and cheapest first. Language methods are priced as the autopilot runs them (`recipe`).
+    """All methods, feasible and cheapest first. Methods are priced as the autopilot runs them.
 
     model           what is to forget; without it, a method for one kind of model alone (a mixture of experts) counts as not feasible
     settings        method -> settings that are fixed by the user
@@ -78,7 +58,7 @@ def plan(
             if record.twin and model is None:
                 raise ModelError(f"{record.name} works on {KINDS[record.twin]} alone; name the model to see whether it is one")
             named = (settings or {}).get(record.name, {})
-            ours = recipe(fixed, split) if isinstance(split.forget, Texts) and "lr" not in named else {}
+            ours = of(task).search.recipe(fixed, split) if "lr" not in named else {}
             forward, backward = record.expected(split, {**fixed, **{k: v for k, v in ours.items() if k not in named}})
             share = None if not retrain_passes else (forward + backward) / retrain_passes
             options.append(Option(record.name, True, "", record.assurance, forward, backward, share, record.needs))
@@ -87,44 +67,10 @@ def plan(
     return sorted(options, key=lambda o: (not o.feasible, o.forward + o.backward, o.method))
 
 
-def closeness(model: nn.Module, task: Task, split: Split):
-    """A validation score for tuning and stopping, larger is better, 0 at best: reads forget, validation and, for texts, retain, never test.
-
-    Records: -(2 |AUC(forget loss against validation loss of the same classes) - 1/2|); removed class: -(accuracy on forget). In both, minus
-    twice the accuracy lost on validation (regression: the relative rise of its loss).
-
-    Texts: -(|mean loss of validation - mean loss of forget|, as a share of what it was), since the AUC of texts known by heart stays 1 nearly to the
-    end; minus twice the share lost of the probability per token on MOST records of retain, or on validation where there is no retain.
-
-    Pictures: None, so that methods run once, as given: their validation is prompts, and a judge is the audit's alone.
-    """
-    if split.validation is None or isinstance(split.forget, Pictures):
-        return None
-    probe = Probe(model, model, task, split)
-    removed = torch.tensor(probe.removed())
-    texts = isinstance(split.forget, Texts)
-    some = split.retain.take(spread(len(split.retain), MOST)) if texts and split.retain is not None else None
-    start, known = score(model, task, split.validation), some and score(model, task, some)
-    apart = abs(float(start.nll.mean() - score(model, task, split.forget).nll.mean()))
-
-    def utility(s) -> float:
-        if texts:
-            return float((-s.nll).exp().mean())
-        if s.labels is None:
-            return -float(s.nll.mean()) / max(float(start.nll.mean()), 1e-12)
-        keep = ~torch.isin(s.labels, removed)
-        return float(s.correct[keep].float().mean()) if bool(keep.any()) else 0.0
-
-    def validate(now: nn.Module) -> float:
-        forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
-        remains = float(forget.correct.float().mean()) if len(removed) else 2 * abs(auc(unseen.nll, forget.nll)[0] - 0.5)
-        if texts:
-            remains = abs(float(unseen.nll.mean() - forget.nll.mean())) / max(apart, 1e-12)
-            before, after = (start, unseen) if some is None else (known, score(now, task, some))
-            return -remains - 2 * max(0.0, 1 - utility(after) / max(utility(before), 1e-12))
-        return -remains - 2 * max(0.0, utility(start) - utility(unseen))
-
-    return validate
+def closeness(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module], float] | None:
+    """The modality's validation score for tuning and stopping, larger is better, 0 at best; it never reads test. None where there is no tuning: methods then
+    run once, as given."""
+    return of(task).validation(model, task, split)
 
 
 def forget(
@@ -139,7 +85,7 @@ def forget(
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user. Such a method is run once, as given, but for texts where `lr` is none of them: then the
                     step size is searched for, and what is not named is as the autopilot has it
-    scales          multiples of the method's strength to try on validation; SCALES (TEXT_SCALES for texts) when none are given, (1.0,) runs defaults
+    scales          multiples of the method's strength to try on validation; those of the modality when none are given, (1.0,) runs defaults
                     only. Without validation there is no tuning
     checks          only these checks and those that the rules read; the default is all that apply
     slow            False leaves out checks and baselines that train, but for those the gate reads
@@ -150,22 +96,19 @@ def forget(
     """
     preflight(model, task, split)
     for number, reference in enumerate(references, 1):
-        if isinstance(split.forget, Texts):
-            check_texts(reference, split, f"reference {number}")
+        of(task).fits(reference, split, f"reference {number}")
     given = {name: METHODS[name].settings((settings or {}).get(name, {})) for name in {*methods, *(settings or {})}}
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
     p = Probe(model, model, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
-    kind = "class" if p.removed() or isinstance(split.forget, Pictures) else "records"
+    kinds = set(of(task).kinds(split))
     order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
-    wanted = [
-        m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and (kind in METHODS[m].forgets or task.name == "regression"))
-    ]
+    wanted = [m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and kinds & set(METHODS[m].forgets))]
     nothing = blind(trials)
     validate, tries, best, kept = closeness(model, task, split), [], None, {}
-    scales = scales or (TEXT_SCALES if isinstance(split.forget, Texts) else SCALES)
+    scales = scales or of(task).search.scales
     for number, name in enumerate(wanted):
         fixed = dict((settings or {}).get(name, {}))
         runs = tuned(
@@ -206,9 +149,9 @@ def tuned(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Try]:  # fmt: skip
     """One run of a method for every multiple of its strength (one run as given, without validation or with `fixed` settings that `searched` says no to),
-    each ended at its best state on validation, graded, not audited. Texts are run by RECIPE; a method that refuses a retain loss is run without."""
+    each ended at its best state on validation, graded, not audited. A modality's recipe is followed; a method that refuses a retain loss is run without."""
     runs = []
-    ladder = _ladder(name, model, task, split, scales, fixed or {}) if validate is not None and searched(name, split, fixed or {}) else [{}]
+    ladder = _ladder(name, model, task, split, scales, fixed or {}) if validate is not None and searched(name, task, fixed or {}) else [{}]
     for rung, change in enumerate(ladder):
         where = None if folder is None else Path(folder) / f"{name}-{rung}"
         watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=label or name, kept={} if kept is None else kept)
@@ -226,35 +169,19 @@ def best_of(tries: Sequence[Try]) -> Try:
     return max(tries, key=lambda t: t.score if t.score is not None else 0.0)
 
 
-def searched(name: str, split: Split, fixed: Mapping[str, Any]) -> bool:
-    """Whether the strength of a method is searched for when the user named these settings: none of them, or, for texts, all but `lr`. The published step
-    sizes of texts suit other models; those of records suit most, and what is named may stand for another strength."""
-    return not fixed or (_tuned(METHODS[name].defaults, split) and "lr" not in fixed)
-
-
-def _tuned(defaults: Mapping[str, Any], split: Split) -> bool:
-    """Whether `lr` is the step size of a language method's loop (`tuning.Tuning`); a search of its own may have a setting of that name, too."""
-    return isinstance(split.forget, Texts) and {"lr", *RECIPE} <= defaults.keys()
+def searched(name: str, task: Task, fixed: Mapping[str, Any]) -> bool:
+    """Whether the strength of a method is searched for when the user named these settings: none of them, or, where the modality has a recipe, all but `lr`.
+    Step sizes published for language models suit other models; those of records suit most, and what is named may stand for another strength."""
+    return not fixed or (of(task).search.tuned(METHODS[name].defaults) and "lr" not in fixed)
 
 
 def _ladder(name: str, model: nn.Module, task: Task, split: Split, scales: Sequence[float], fixed: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """What is changed from `fixed` and the published settings for each multiple."""
-    defaults = METHODS[name].settings(fixed)
-    if _tuned(defaults, split):
-        ours = {k: v for k, v in recipe(defaults, split).items() if k not in fixed}
-        return [{**ours, "lr": scale * stride(defaults, task, model)} for scale in scales]
-    strength = next((s for s in STRENGTHS if isinstance(defaults.get(s), float)), None)
+    settings, search = METHODS[name].settings(fixed), of(task).search
+    if search.tuned(settings):
+        ours = {k: v for k, v in search.recipe(settings, split).items() if k not in fixed}
+        return [{**ours, "lr": scale * search.stride(settings, task, model)} for scale in scales]
+    strength = next((s for s in STRENGTHS if isinstance(settings.get(s), float)), None)
     return (
-        {} if strength is None or scale == 1.0 else {strength: defaults[strength] * scale} for scale in (scales if strength else itertools.islice(scales, 1))
+        {} if strength is None or scale == 1.0 else {strength: settings[strength] * scale} for scale in (scales if strength else itertools.islice(scales, 1))
     )
-
-
-def recipe(defaults: Mapping[str, Any], split: Split) -> dict[str, Any]:
-    """RECIPE for a language method with these defaults: of its settings, those that the method has, and retain only where there is retain data."""
-    changes: dict[str, Any] = {k: v for k, v in RECIPE.items() if k in defaults and (k != "retain" or (defaults[k] == "none" and split.retain is not None))}
-    return {**changes, "epochs": max(defaults["epochs"], LEAST_EPOCHS)} if "epochs" in defaults else changes
-
-
-def stride(defaults: Mapping[str, Any], task: Task, model: nn.Module) -> float:
-    """The step size that suits a language model's width, ten times as large for LoRA."""
-    return pace(task, model)["lr"] * (10.0 if defaults.get("lora") else 1.0)

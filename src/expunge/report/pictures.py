@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from expunge.audits.core import Probe
-from expunge.modalities.pictures import Pictures
-from expunge.parts.reading import Scores
-from expunge.report import images
+from expunge.audits.pictures import drawn
+from expunge.core.registry import PICTURES
 
 LIMIT = 2000
 """Most losses kept per histogram."""
@@ -19,19 +18,21 @@ LIMIT = 2000
 def pictures(p: Probe, tries: Sequence[Any]) -> dict[str, Any]:
     """JSON-able data for the plots of the report's schema; `p.after` is the model shown, `tries` are `outcome.Try`."""
     which = {"before": "before", "after": "after", **({"retrained": "reference0"} if p.references else {})}
-    have = {n: part for n, part in p.split.parts().items() if not (isinstance(part, Pictures) and part.x is None)}  # prompts alone have no loss
+    have = {n: part for n, part in p.split.parts().items() if not getattr(part, "bare", False)}  # prompts alone have no loss
     if "forget" not in have:
-        return {"loss": {}, "scatter": [point for t in tries if (point := _point(t))], "offenders": [], **images.collect(p)}
+        return {"loss": {}, "scatter": [point for t in tries if (point := _point(t))], "offenders": [], **drawn.collect(p)}
     parts = [n for n in ("forget", "retain", "test") if n in have]
     loss = {part: {label: p.scores(name, part).nll[:LIMIT].tolist() for label, name in which.items()} for part in parts}
     out: dict[str, Any] = {"loss": loss, "scatter": [point for t in tries if (point := _point(t))]}
     if "test" in have:
         out["roc"] = {label: roc(p.scores(name, "forget").nll, _unseen(p, name)) for label, name in which.items()}
-    if p.task.name == "classification":
-        part = "test" if "test" in have else "forget"
-        out["confusion"] = {label: confusion(p.scores(label, part)) for label in ("before", "after")}
     out["offenders"] = offenders(p, which)
-    return {**out, **images.collect(p)}
+    return {**out, **drawn.collect(p)}
+
+
+def _further(p: Probe) -> dict[str, Any]:
+    """What the task's own pictures show."""
+    return {name: data for shown in PICTURES.values() if shown.suits(p.task) for name, data in shown.function(p).items()}
 
 
 def _unseen(p: Probe, name: str) -> torch.Tensor:
@@ -48,12 +49,6 @@ def roc(members: torch.Tensor, others: torch.Tensor, points: int = 101) -> dict[
     tpr = (members[None] <= cuts[:, None]).float().mean(1)
     fpr = (others[None] <= cuts[:, None]).float().mean(1)
     return {"fpr": fpr.tolist(), "tpr": tpr.tolist(), "auc": float(torch.trapezoid(tpr, fpr))}
-
-
-def confusion(s: Scores) -> list[list[int]]:
-    """Counts [label][prediction]."""
-    classes = s.logits.shape[1]
-    return torch.bincount(s.labels * classes + s.logits.argmax(1), minlength=classes**2).view(classes, classes).tolist()
 
 
 def offenders(p: Probe, which: dict[str, str], most: int = 12) -> list[dict[str, Any]]:

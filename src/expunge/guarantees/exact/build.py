@@ -22,12 +22,11 @@ from torch import nn
 from expunge.core.edits import raw
 from expunge.core.errors import SettingError
 from expunge.core.session import Session, scratch
-from expunge.core.types import Task
+from expunge.core.types import Records, Task
 from expunge.engine.jobs import map_jobs
 from expunge.guarantees.exact.adapters import Start, load
 from expunge.guarantees.exact.design import Component, Design
 from expunge.guarantees.exact.store import VERSION, Store
-from expunge.modalities.examples import Examples
 from expunge.parts.training import fresh
 from expunge.parts.updates.descend import OPTIMIZERS, descend
 
@@ -68,7 +67,7 @@ def start_digest(start: Start) -> str:
     return h.hexdigest()
 
 
-def keyed(design: Design, rows: Mapping[str, Sequence[int]], data: Examples, training: Training, start: str) -> dict[str, str]:
+def keyed(design: Design, rows: Mapping[str, Sequence[int]], data: Records, training: Training, start: str) -> dict[str, str]:
     """Component name -> key. `rows`: positions of each component's records in `data`, sorted by id."""
     records = [int(i).to_bytes(8, "big", signed=True) + key for i, key in zip(data.ids.tolist(), data.keys, strict=True)]
     how, out = asdict(training), {}
@@ -86,13 +85,13 @@ class Work:
     start: Start
     task: Task
     training: Training
-    data: Examples
+    data: Records
     steps: tuple[tuple[Component, str, str, tuple[int, ...]], ...]
     """(component, key, key of its parent or "", positions in data)"""
 
 
 def build(
-    store: Store, design: Design, start: Start, task: Task, data: Examples, rows: Mapping[str, Sequence[int]], keys: Mapping[str, str], names: Sequence[str],
+    store: Store, design: Design, start: Start, task: Task, data: Records, rows: Mapping[str, Sequence[int]], keys: Mapping[str, str], names: Sequence[str],
     training: Training, *, workers: int = 1, engine: str = "local", progress: Callable[[str, int, int], None] | None = None,
 ) -> list[str]:  # fmt: skip
     """Train those of `names` whose checkpoints are missing, with the parents that they need; returns what was trained. One job per shard; stacked, one job

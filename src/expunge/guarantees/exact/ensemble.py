@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from expunge.core.errors import DataError, ModelError, SettingError, SplitError, StoreError
 from expunge.core.files import write
 from expunge.core.guard import quiet
-from expunge.core.types import Task
+from expunge.core.modality import of
+from expunge.core.types import Records, Task
 from expunge.guarantees.exact import layout as layouts
 from expunge.guarantees.exact.adapters import Start, start
 from expunge.guarantees.exact.build import Training, build, keyed, limited, standing, start_digest
 from expunge.guarantees.exact.design import Cell, Component, Design, design
 from expunge.guarantees.exact.proof import Proof, Touch
 from expunge.guarantees.exact.store import Store
-from expunge.modalities.examples import Examples
 
 Progress = Callable[[str, int, int], None] | None
 AGGREGATES = ("mean", "vote", "logits")
@@ -54,7 +54,7 @@ class Exact:
     """
 
     def __init__(
-        self, store: Store, plan: Design, task: Task, data: Examples, first: Start, training: Training, state: State, config: Mapping[str, Any],
+        self, store: Store, plan: Design, task: Task, data: Records, first: Start, training: Training, state: State, config: Mapping[str, Any],
         backbone: nn.Module | None, aggregate: str, workers: int, engine: str,
     ) -> None:  # fmt: skip
         self.store, self.design, self.task, self.training, self.state, self.aggregate = store, plan, task, training, state, aggregate
@@ -268,14 +268,14 @@ class Averaged(nn.Module):
 
 
 def fit(
-    plan: Design, model: nn.Module, task: Task, data: Examples, *, folder: Path | str, backbone: nn.Module | None = None, places: Mapping[int, Cell] | None =
+    plan: Design, model: nn.Module, task: Task, data: Records, *, folder: Path | str, backbone: nn.Module | None = None, places: Mapping[int, Cell] | None =
     None, safe: Iterable[int] = (), seed: int = 0, rank: int = 16, aggregate: str = "mean", workers: int = 1, engine: str = "local", progress: Progress = None,
     **training: Any,
 ) -> Exact:  # fmt: skip
     """Train an ensemble by a design; called again on the folder of a run that was cut short, it trains what is missing.
 
     model       architecture of a component (sisa, safe: weights are drawn anew), or the frozen model that adapters are put on (s3t: its weights are used)
-    data        Examples with unique ids
+    data        Records with unique ids
     backbone    frozen module, inputs -> features, that components learn on; None: they learn on the inputs
     places      id -> (shard, slice), for a layout of one's own (`layout.prior`); None hashes ids
     safe        ids of the records in shard 0 of safe(graph="safe"): others read them, nobody may delete them
@@ -299,7 +299,7 @@ def fit(
 
 
 def load(
-    folder: Path | str, model: nn.Module, task: Task, data: Examples, *, backbone: nn.Module | None = None, workers: int = 1, engine: str = "local",
+    folder: Path | str, model: nn.Module, task: Task, data: Records, *, backbone: nn.Module | None = None, workers: int = 1, engine: str = "local",
     progress: Progress = None,
 ) -> Exact:  # fmt: skip
     """The ensemble of a folder, over the data that it was fitted on (deleted records may be missing from it, or still be there: they are not read).
@@ -343,7 +343,7 @@ def load(
 
 
 def _ready(
-    plan: Design, model: nn.Module, task: Task, data: Examples, backbone: nn.Module | None, seed: int, rank: int, aggregate: str, training: Mapping[str, Any]
+    plan: Design, model: nn.Module, task: Task, data: Records, backbone: nn.Module | None, seed: int, rank: int, aggregate: str, training: Mapping[str, Any]
 ):
     """(data sorted by id, behind the backbone; start; training settings; what the book says of all that)."""
     if aggregate not in AGGREGATES:
@@ -355,13 +355,13 @@ def _ready(
     ids = data.ids.tolist()
     if len(set(ids)) < len(ids):
         raise SplitError("ids must be unique: a deletion names one record by one id")
-    if task.name != "classification":
+    if not of(task).labelled:
         raise ModelError(f"exact ensembles average classifiers; the task is {task.name}")
     data = data.take(sorted(range(len(ids)), key=ids.__getitem__))
     if backbone is not None and len(data):
         if any(p.requires_grad for p in backbone.parameters()):
             raise ModelError("the backbone must be frozen: call backbone.requires_grad_(False), since exact deletion holds for what is trained here alone")
-        data = Examples(one_by_one(backbone, data.x, how.threads), data.y, data.ids)
+        data = of(task).rows(one_by_one(backbone, data.x, how.threads), data.y, data.ids)
     first = start(model, plan.blocks, rank=rank, seed=seed)
     digest = start_digest(first)
     if backbone is not None:

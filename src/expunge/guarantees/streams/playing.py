@@ -14,7 +14,8 @@ from expunge.core import guard
 from expunge.core.digest import model_digest
 from expunge.core.edits import Hook
 from expunge.core.errors import ExpungeError, SettingError
-from expunge.core.types import Split, Task
+from expunge.core.modality import of
+from expunge.core.types import Records, Split, Task
 from expunge.data.records.memory import FisherSum, Memory
 from expunge.engine.run import preflight, unlearn
 from expunge.guarantees.streams.course import REPLAY, Course
@@ -23,12 +24,11 @@ from expunge.guarantees.streams.requests import Request, schedule
 from expunge.guarantees.streams.retention import learn
 from expunge.guarantees.streams.rows import Step, shares
 from expunge.guarantees.streams.state import State, identify, resume, write_state
-from expunge.modalities.examples import Examples
 from expunge.parts.reading import outputs
 
 
 def play(
-    model: nn.Module, task: Task, train: Examples, requests: Sequence[Request], course: Course = Course(), *, test: Examples | None = None,
+    model: nn.Module, task: Task, train: Records, requests: Sequence[Request], course: Course = Course(), *, test: Records | None = None,
     folder: str | Path | None = None, base: Path | None = None, keep: bool = False, seed: int = 0, progress: Callable[[str, int, int], None] | None = None,
 ) -> Played:  # fmt: skip
     """Play the requests on a copy of `model`, which has learnt none of `train` yet; every request has its own seed.
@@ -40,7 +40,7 @@ def play(
     Raises DataError, SplitError or SettingError for bad input before anything runs, DataError for a folder of another stream, and ExpungeError where the
     method could not forget: the stream stops there, with the state of the request before in the folder.
     """
-    if task.name != "classification":
+    if not of(task).labelled:
         raise SettingError(f"streams are played for classification, not for {task.name}")
     rows = schedule(requests, train, base)
     preflight(model, task, Split(train, test=test))
@@ -58,7 +58,7 @@ def play(
     return Played(tuple(s.steps), course, identity, s.model, s.memory, s.fisher)
 
 
-def _request(s: State, k: int, r: Request, rows: Tensor, task: Task, train: Examples, test: Examples | None, course: Course, seed: int) -> Step:
+def _request(s: State, k: int, r: Request, rows: Tensor, task: Task, train: Records, test: Records | None, course: Course, seed: int) -> Step:
     watch, data, start = guard.Guard(label=f"request {k}"), train.take(rows), time.perf_counter()
     counted = guard.metered(task, Split(data), watch.meter)
     with guard.watching(watch), torch.random.fork_rng(devices=[]):
@@ -80,7 +80,7 @@ def _request(s: State, k: int, r: Request, rows: Tensor, task: Task, train: Exam
                 memory=len(s.memory), stale=stale, weights=model_digest(s.model))  # fmt: skip
 
 
-def _forget(s: State, rows: Tensor, r: Request, task: Task, counted: Task, train: Examples, course: Course, seed: int) -> int:
+def _forget(s: State, rows: Tensor, r: Request, task: Task, counted: Task, train: Records, course: Course, seed: int) -> int:
     data, was = train.take(rows), s.part[rows].clone()
     s.part[rows] = -2
     s.memory = s.memory.without(data.ids)

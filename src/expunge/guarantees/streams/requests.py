@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import DataError, SplitError
+from expunge.core.types import Records
 from expunge.modalities import selectors
-from expunge.modalities.examples import Examples
 
 KINDS = ("learn", "forget")
 COLUMNS = ("time", "kind", "what")
@@ -69,7 +69,7 @@ def read(path: str | Path) -> tuple[Request, ...]:
     return tuple(sorted(found, key=lambda r: r.time))
 
 
-def schedule(requests: Sequence[Request], train: Examples, base: Path | None = None) -> list[Tensor]:
+def schedule(requests: Sequence[Request], train: Records, base: Path | None = None) -> list[Tensor]:
     """Positions in train of the records that each request is about, in the order played. `base`: folder of files that selectors name.
 
     Raises DataError when times fall or ids are doubled, and SplitError for a request that matches nothing it could be about.

@@ -10,25 +10,24 @@ import torch
 from torch import Tensor
 
 from expunge.core.session import scratch
-from expunge.core.types import Paired, Task
+from expunge.core.types import Paired, Records, Task
 from expunge.data.records.memory import FisherSum
 from expunge.guarantees.streams.course import Course
 from expunge.guarantees.streams.state import State
-from expunge.modalities.examples import Examples
 from expunge.parts.losses.continual import der, derpp, ewc, lwf
 from expunge.parts.losses.distil import targets
 from expunge.parts.updates.descend import descend
 from expunge.parts.updates.episodic import refreshing, rule
 
 
-def learn(s: State, task: Task, rows: Examples, old: Tensor, course: Course, epochs: float, seed: int) -> None:
+def learn(s: State, task: Task, rows: Records, old: Tensor, course: Course, epochs: float, seed: int) -> None:
     """Train the model on `rows` with the retention term, whose reference is the model as it is now; `old` are the classes it holds."""
     model, memory, term = s.model, s.memory, course.term
     session = scratch(model)
     session.train()
     new = task.batches(rows, course.batch_size, epochs=epochs, seed=seed)
 
-    def replayed(data: Examples, stream: int):
+    def replayed(data: Records, stream: int):
         """As many batches of the memory as there are of the new records."""
         return task.batches(data, course.replay, epochs=len(new) / -(-len(data) // course.replay), seed=seed + stream)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.stats import wilson
-from expunge.core.types import Task
-from expunge.modalities.examples import Examples
+from expunge.core.types import Records, Task
 from expunge.parts.reading import score
 
 
@@ -53,7 +52,7 @@ class Step:
     weights: str
 
 
-def shares(model: nn.Module, part: Tensor, task: Task, train: Examples, test: Examples | None) -> dict[str, Any]:
+def shares(model: nn.Module, part: Tensor, task: Task, train: Records, test: Records | None) -> dict[str, Any]:
     """The accuracies of a `Step`, by field. part (N,): number of the request that each record of train was learnt at, -1 not yet, -2 forgotten."""
     right = score(model, task, train).correct
     labels = train.y[part >= 0].unique()

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from expunge.core.digest import model_digest
 from expunge.core.errors import DataError
 from expunge.core.files import file_digest, write
-from expunge.core.types import Task
+from expunge.core.types import Records, Task
 from expunge.data.records.memory import FisherSum, Memory, checked
 from expunge.guarantees.streams.course import Course
 from expunge.guarantees.streams.requests import Request
 from expunge.guarantees.streams.rows import Share, Step
-from expunge.modalities.examples import Examples
 
 FORMAT = 1
 
@@ -38,7 +37,7 @@ class State:
 
 
 def identify(
-    model: nn.Module, task: Task, train: Examples, requests: Sequence[Request], rows: Sequence[Tensor], course: Course, test: Examples | None, seed: int
+    model: nn.Module, task: Task, train: Records, requests: Sequence[Request], rows: Sequence[Tensor], course: Course, test: Records | None, seed: int
 ) -> str:
     """Digest of all that a stream depends on. rows: positions of each request's records in train."""
     ids = [hashlib.sha256(train.ids[r].numpy().tobytes()).hexdigest() for r in (*rows, torch.arange(len(train)))]

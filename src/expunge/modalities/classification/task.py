@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.core.errors import ModelError
-from expunge.core.types import Batch, Out, Task, device_of, float_of
+from expunge.core.errors import ModelError, SplitError
+from expunge.core.types import Batch, Out, Split, Task, device_of, float_of
 from expunge.modalities.examples import Examples
 
 
@@ -72,3 +72,16 @@ def features(model: nn.Module, batch: Batch, layer: str = "") -> Tensor:
     finally:
         handle.remove()
     return caught[0].flatten(1)
+
+
+def preflight(model: nn.Module, task: Task, split: Split) -> None:
+    """Raises SplitError for inputs or labels that the model cannot take."""
+    first = task.batches(split.forget, 2)[0]
+    try:
+        classes = task.forward(model, {**first, "y": torch.zeros_like(first["y"])}).logits.shape[-1]
+    except (RuntimeError, IndexError) as error:
+        raise SplitError(f"the model cannot take the forget set's inputs {tuple(first['x'].shape[1:])}: {str(error).splitlines()[0]}") from None
+    for name, part in split.parts().items():
+        if isinstance(part, Examples) and (part.y.is_floating_point() or int(part.y.min()) < 0 or int(part.y.max()) >= classes):
+            found = "real-valued targets" if part.y.is_floating_point() else f"labels {int(part.y.min())} to {int(part.y.max())}"
+            raise SplitError(f"{name} has {found}; the model has {classes} outputs, so labels must be integers in 0..{classes - 1}")

@@ -36,6 +36,7 @@ class Matching(Task):
     others    name -> (C, M, L) other words for the classes, which audits alone read
     """
 
+    tied: bool = True
     names: tuple[str, ...] = ()
     domain: str = "object"
     prompts: Any = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge.core.types import Split
+from expunge.modalities.diffusion import worlds
 from expunge.modalities.diffusion.task import Schedule, diffusion
 from expunge.modalities.diffusion.tiny import Words, diffusion_model, words
 from expunge.modalities.diffusion.worlds import DIGITS, RECIPE, digit_images, trained_judge
@@ -38,7 +39,9 @@ def classes(x: Tensor, y: Tensor, vocabulary: Words, first: int) -> Pictures:
 
 
 def world(name: str, concept: str = "seven", anchor: str = "eight") -> World:
-    """The DDPM world of that name; the class `concept` must go, and `anchor` stands in for it."""
+    """The picture or DDPM world of that name; of a DDPM the class `concept` must go, and `anchor` stands in for it."""
+    if name != "ddpm-digits":
+        return worlds.world(name)
     (x, y), (held_x, held_y) = digit_images()
     names = {"object": DIGITS}
     vocabulary = words(DIGITS, length=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.edits import Hook
-from expunge.core.errors import DataError, SettingError
+from expunge.core.errors import DataError, ModelError, SettingError
+from expunge.core.modality import Opened, Request
 from expunge.core.types import Split
 from expunge.modalities.diffusion import judges, pipelines
 from expunge.modalities.diffusion import release as adapters
@@ -131,3 +132,55 @@ def opened(found: Pipeline, after: Path | str, dtype: str = "auto") -> Any:
     if type(other.model) is not type(found.model):
         raise pipelines.ModelError(f"{other.folder.name} and {found.folder.name} hold different kinds of pipelines")
     return replace(other, task=found.task).model
+
+
+def read(request: Request) -> Opened:
+    """The request read, its references and what is to be audited too. Raises ModelError, SettingError or DataError that say what to do."""
+    given = request.options
+    if given["form"] not in adapters.FORMS:
+        raise SettingError(f"form must be one of {', '.join(adapters.FORMS)}, not '{given['form']}'")
+    if given["drawings"] and not given["judge"]:
+        raise SettingError("--drawings is how many a judge looks at: name one with --judge")
+    kept, dtype = given["retain"], given["dtype"]
+    found, split = prepare(request.path(request.model), request.what, given["anchor"], f"@{request.path(kept[1:])}" if kept[:1] == "@" else kept, dtype=dtype)
+    references = [opened(found, request.path(r), dtype) for r in request.references]
+    after = opened(found, request.path(request.after or request.model), dtype) if request.audit else None
+    task = found.task
+    if given["judge"]:
+        task = judged(found, split, given["judge"], drawings=given["drawings"] or DRAWINGS, progress=request.progress)
+    return Opened(found.model, task, split, references, after, lambda verdict, folder: released(verdict, found, folder, form=given["form"]))
+
+
+def sized(request: Request) -> Any:
+    """Pipelines have no plan from files yet."""
+    raise SettingError(
+        "plan reads files of records; for a pipeline, `expunge methods` names the methods of task diffusion and `forget` tries the cheapest first"
+    )
+
+
+def is_pipeline(folder: str) -> bool:
+    """Whether a folder holds a pipeline of diffusers, or an adapter of one."""
+    return (Path(folder) / "model_index.json").is_file() or adapters.is_adapter(folder)
+
+
+def holds(model: str) -> int:
+    """Surely, where it is a folder of a pipeline."""
+    return 2 if is_pipeline(model) else 0
+
+
+def apply(patch: Any, model: str, out: str, key: bytes | None, options: Mapping[str, Any]) -> list[str]:
+    """What was written: the folder in a form (`release.release`) and, where it is a whole pipeline, the inverse patch beside it. Raises ModelError for a
+    patch that has no such form."""
+    found = pipelines.load(model, dtype=options["dtype"])
+    undo = Path(out).with_name(f"{Path(out).name}.undo.safetensors")
+    written = adapters.release(found, found.model, patch, out, form=options["form"], undo=undo, key=key)
+    return [str(written)] + ([] if adapters.is_adapter(written) else [str(undo)])
+
+
+def revert(patch: Any, model: str, out: str, options: Mapping[str, Any]) -> list[str]:
+    """What was written: the folder with the weights before. Raises ModelError for an adapter, whose pipeline never changed."""
+    if adapters.is_adapter(model):
+        raise ModelError(f"{Path(model).name} is an adapter: its pipeline was never changed, so there is nothing to revert; load the pipeline without it")
+    found = pipelines.load(model)
+    patch.apply(found.model)
+    return [str(pipelines.save(found, found.model, out))]

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from expunge.core.edits import Hook
-from expunge.core.errors import SplitError
+from expunge.core.errors import ModelError, SettingError, SplitError
+from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
 from expunge.modalities.language import checkpoints
 from expunge.modalities.language.records.format import Format, split, windows
 from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.requests import share
 
 PARTS = ("forget", "retain", "test", "validation", "anchor", "general")
 
@@ -64,15 +66,81 @@ def pieces(rows: list[dict[str, Any]], form: Format) -> list[dict[str, Any]]:
     return out
 
 
-def sized(files: Mapping[str, str]) -> tuple[Task, Split]:
-    """The task, and a split of the files' records for planning alone: their number is right, their tokens are bytes."""
+def read(request: Request) -> Opened:
+    """The request read. Raises DataError, SplitError, SettingError or ModelError that name the file and what to do."""
+    given = request.options
+    if given["form"] not in checkpoints.FORMS:
+        raise SettingError(f"form must be one of {', '.join(checkpoints.FORMS)}, not '{given['form']}'")
+    part = share(given["validation"])
+    files = {"forget": request.what, **{n: given[n] for n in PARTS[1:]}, **({"validation": ""} if given["validation"].startswith("share:") else {})}
+    within, dtype = request.folder if request.inside else None, given["dtype"]
+    model, tokenizer, task, found = prepare(
+        request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, template=given["template"], mask=given["mask"],
+        max_length=given["max_length"], dtype=dtype, validation=part, within=within,
+    )  # fmt: skip
+    references = [checkpoints.load(request.path(r), dtype=dtype, within=within)[0] for r in request.references]
+    after = checkpoints.load(request.path(request.after or request.model), dtype=dtype, within=within)[0] if request.audit else None
+
+    def release(verdict: Any, folder: Path) -> Path | None:
+        return released(verdict, model, tokenizer, folder, form=given["form"], base=request.model)
+
+    return Opened(model, task, found, references, after, release)
+
+
+def sized(request: Request) -> tuple[Task, Split, Any]:
+    """The task, a split of the files' records for planning (their number is right, their tokens are bytes), and the model's skeleton where it is named."""
     found: dict[str, Any] = {}
-    for part, path in files.items():
-        if path:
+    for part, path in {"forget": request.what, **{n: request.options[n] for n in PARTS[1:]}}.items():
+        if path and not path.startswith("share:"):
             rows = read_jsonl(path)
             tokens = tuple(torch.tensor(list(str(row).encode())) for row in rows)
             found[part] = Texts(tokens, tuple(torch.ones(len(t), dtype=torch.bool) for t in tokens), torch.arange(len(rows)), tuple(rows))
-    return causal_lm(), Split(**found)
+    return causal_lm(), Split(**found), checkpoints.skeleton(request.model) if request.model else None
+
+
+def holds(model: str) -> int:
+    """Perhaps, where it is a folder."""
+    return 1 if Path(model).is_dir() else 0
+
+
+def apply(patch: Any, model: str, out: str, key: bytes | None, options: Mapping[str, Any]) -> list[str]:
+    """What was written: the folder with the patch in it, and, where the folder is a whole model, the inverse patch beside it."""
+    net, tokenizer = checkpoints.load(model, dtype=options["dtype"])
+    undo = Path(out).with_name(f"{Path(out).name}.undo.safetensors")
+    written = checkpoints.release(net, tokenizer, patch, out, form=options["form"], base=model, undo=undo, key=key)
+    return [str(written)] + ([] if checkpoints.is_adapter(written) else [str(undo)])
+
+
+def revert(patch: Any, model: str, out: str, options: Mapping[str, Any]) -> list[str]:
+    """What was written: the folder with the weights before. Raises ModelError for an adapter, whose base never changed."""
+    if checkpoints.is_adapter(Path(model)):
+        raise ModelError(f"{Path(model).name} is an adapter: its base was never changed, so there is nothing to revert; load the base without it")
+    net, tokenizer = checkpoints.load(model)
+    patch.apply(net)
+    return [str(checkpoints.save(net, tokenizer, out))]
+
+
+def told(verdict: Any, document: Mapping[str, Any], out: str) -> list[str]:
+    """What to do with what a run has written."""
+    lines = [f"wrote {document['released']}, which loads without expunge"] if "released" in document else []
+    if guarded(verdict):
+        lines.append(f"{out}/patch.safetensors is an inference-time guard and changes no weight: serve the model with it (expunge.serve)")
+    return lines
+
+
+def talk(p: Any, after: nn.Module, most: int = 3, new: int = 48) -> list[dict[str, str]]:
+    """A few questions of forget and retain with the true answer and the greedy answers before and after."""
+    found = []
+    for about, data in (("forgotten", p.split.forget), ("kept", p.split.retain)):
+        asked = [] if data is None else [k for k, row in enumerate(data.rows) if "question" in row]
+        if asked and p.task.sample is not None:
+            rows = data.take([asked[j * len(asked) // most] for j in range(min(most, len(asked)))])
+            said = [p.task.sample(model, rows, new=new) for model in (p.before, after)]
+            found += [
+                {"about": about, "question": row["question"], "truth": row["answer"], "before": a, "after": b}
+                for row, a, b in zip(rows.rows, *said, strict=True)
+            ]  # fmt: skip
+    return found
 
 
 def released(verdict: Any, model: nn.Module, tokenizer: Any, out: Path | str, *, form: str = "auto", base: str = "") -> Path | None:

@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.core.errors import SplitError
+from expunge.core.types import Split, Task
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,3 +77,22 @@ class Texts:
     def digest(self) -> str:
         """Digest of all rows in order: names the data in patches, caches and reports."""
         return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+def preflight(model: nn.Module, task: Task, split: Split) -> None:
+    """Raises SplitError for parts that the model cannot take."""
+    fits(model, split, "the model")
+
+
+def fits(model: nn.Module, split: Split, which: str) -> None:
+    """Raises SplitError for parts that are no Texts, or that hold tokens or lengths which the model (named by `which`) cannot take."""
+    config = getattr(model, "config", None)
+    known, context = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    for name, part in split.parts().items():
+        if not isinstance(part, Texts):
+            raise SplitError(f"{name} must be Texts (see data.text), not {type(part).__name__}")
+        top, longest = max(int(t.max()) for t in part.tokens), max(len(t) for t in part.tokens)
+        if known is not None and top >= known:
+            raise SplitError(f"{name} holds token {top}; {which} knows {known}: is this its tokenizer?")
+        if context is not None and longest > context:
+            raise SplitError(f"{name} holds a text of {longest} tokens; the context of {which} is {context}: lower max_length")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.files import write
+from expunge.core.modality import of
 from expunge.guarantees.exact.build import limited
 from expunge.guarantees.exact.clpu.parts import Parts, tensors
-from expunge.modalities.examples import Examples
 from expunge.parts.reading import outputs
 
 
@@ -52,7 +52,7 @@ def predict(parts: Parts, name: str, x: Tensor) -> Tensor:
     net = parts.net(held.network or parts.state.main)
     zeros = torch.zeros(len(x), dtype=torch.long)
     with limited(parts.training.threads):
-        logits = outputs(net, parts.task, Examples(x, zeros, zeros))
+        logits = outputs(net, parts.task, of(parts.task).rows(x, zeros, zeros))
     return masked(logits, held.classes).exp()
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from expunge.core.errors import SplitError
+from expunge.core.registry import METHODS
 from expunge.guarantees.exact.clpu.parts import Parts
 from expunge.guarantees.exact.clpu.state import State
 
@@ -86,7 +87,5 @@ def forget(parts: Parts, name: str) -> Forgotten:
 
 def _approximate() -> str:
     """Names of methods that could be tried on what cannot be detached."""
-    from expunge.core.registry import METHODS
-
     fit = [n for n, m in METHODS.items() if m.assurance == "approximate" and "classification" in m.tasks and set(m.needs) == {"forget", "retain"}]
     return f"{', '.join(fit[:4])} and {len(fit) - 4} more"

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, SettingError, StoreError, suggest
-from expunge.core.types import Task
+from expunge.core.modality import of
+from expunge.core.types import Records, Task
 from expunge.guarantees.exact.adapters import Start
 from expunge.guarantees.exact.build import Training, start_digest
 from expunge.guarantees.exact.clpu import answers, deletion
@@ -18,7 +19,6 @@ from expunge.guarantees.exact.clpu.learning import learned, settle
 from expunge.guarantees.exact.clpu.parts import Parts, tensors
 from expunge.guarantees.exact.clpu.state import DEFAULTS, HOW, Rule, State, named, stated
 from expunge.guarantees.exact.store import Store
-from expunge.modalities.examples import Examples
 
 
 class Clpu:
@@ -40,10 +40,10 @@ class Clpu:
         """Ids of the tasks in that state, in order."""
         return self.state.of(how)
 
-    def learn(self, task_id: str | int, data: Examples | None = None, how: str = "remember", *, classes: tuple[int, ...] = ()) -> None:
+    def learn(self, task_id: str | int, data: Records | None = None, how: str = "remember", *, classes: tuple[int, ...] = ()) -> None:
         """R or T: learn a task; R of a temporary task, without data, consolidates it.
 
-        data       Examples with unique ids, labels (N,)
+        data       Records with unique ids, labels (N,)
         how        remember: in the main network, for good; temporary: in a side network, until it is forgotten or consolidated
         classes    the classes that the task chooses among; those in the data when empty
 
@@ -162,7 +162,7 @@ def load(folder: Path | str, model: nn.Module, task: Task) -> Clpu:
 
 
 def _shape(model: nn.Module, task: Task) -> str:
-    if task.name != "classification":
+    if not of(task).labelled:
         raise ModelError(f"clpu learns classifiers; the task is {task.name}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("all weights of the model are frozen: nothing could be learned")

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from expunge.core import guard
 from expunge.core.errors import Diverged, SplitError
+from expunge.core.modality import of
 from expunge.core.session import scratch
-from expunge.core.types import Batch, Batches, Out, Paired, device_of
+from expunge.core.types import Batch, Batches, Out, Paired, Records, device_of
 from expunge.data.records.memory import Memory
 from expunge.guarantees.exact.build import limited, seeded
 from expunge.guarantees.exact.clpu.parts import Parts
 from expunge.guarantees.exact.clpu.state import Entry, State
-from expunge.modalities.examples import Examples
 from expunge.parts.losses.continual import derpp
 from expunge.parts.reading import outputs
 from expunge.parts.training import fresh
@@ -50,7 +50,7 @@ def replayed(out: Out, z: Tensor, *, alpha: float = 0.5, beta: float = 1.0) -> T
     return derpp(out, z, out, alpha=alpha, beta=beta)
 
 
-def learned(parts: Parts, name: str, data: Examples, how: str, classes: tuple[int, ...]) -> None:
+def learned(parts: Parts, name: str, data: Records, how: str, classes: tuple[int, ...]) -> None:
     """R or T of a new task: train its network, fill its memory, and put both in force. Raises SplitError for bad records, Diverged."""
     rows, chosen = _ready(parts, data, classes)
     kept = how == "remember"
@@ -85,7 +85,7 @@ def settle(parts: Parts) -> None:
     parts.commit(State(key, {**others, name: replace(held, how="remember", network="")}, parts.state.forgotten))
 
 
-def _ready(parts: Parts, data: Examples, classes: tuple[int, ...]) -> tuple[Examples, tuple[int, ...]]:
+def _ready(parts: Parts, data: Records, classes: tuple[int, ...]) -> tuple[Records, tuple[int, ...]]:
     """(records sorted by id, classes sorted)."""
     ids = data.ids.tolist()
     if not ids:
@@ -98,13 +98,13 @@ def _ready(parts: Parts, data: Examples, classes: tuple[int, ...]) -> tuple[Exam
     chosen = tuple(sorted({int(c) for c in classes} or found))
     if outside := sorted(found - set(chosen)):
         raise SplitError(f"a record has label {outside[0]}, which is not among the classes of the task: {', '.join(map(str, chosen))}")
-    width = outputs(parts.model, parts.task, Examples(rows.x[:1], torch.zeros(1, dtype=torch.long), rows.ids[:1])).shape[-1]
+    width = outputs(parts.model, parts.task, of(parts.task).rows(rows.x[:1], torch.zeros(1, dtype=torch.long), rows.ids[:1])).shape[-1]
     if chosen[0] < 0 or chosen[-1] >= width:
         raise SplitError(f"the model has classes 0 to {width - 1}; the task names {chosen[0] if chosen[0] < 0 else chosen[-1]}")
     return rows, chosen
 
 
-def _trained(parts: Parts, name: str, key: str, memory: str, parent: str, rows: Examples, chosen: tuple[int, ...], *, replaying: bool) -> Mapping[str, int]:
+def _trained(parts: Parts, name: str, key: str, memory: str, parent: str, rows: Records, chosen: tuple[int, ...], *, replaying: bool) -> Mapping[str, int]:
     """Train the network `key` on the rows, fill the memory on the way, write both; returns the memory's numbers."""
     model = copy.deepcopy(parts.net(parent)) if parent else fresh(parts.model, seeded(key))
     new = parts.task.batches(rows, parts.training.batch_size, epochs=parts.rule.epochs, seed=seeded(key))
@@ -119,7 +119,7 @@ def _trained(parts: Parts, name: str, key: str, memory: str, parent: str, rows: 
 
     _descend(parts, model, key, new, first, parts.memories() if replaying else {})
     x, i, z = (torch.cat(column) for column in zip(*caught, strict=True))
-    seen = Examples(x.contiguous(), rows.y[i], rows.ids[i])
+    seen = of(parts.task).rows(x.contiguous(), rows.y[i], rows.ids[i])
     held = Memory(parts.rule.memory).add(seen, z, generator=torch.Generator().manual_seed(seeded(memory)))
     tensors, numbers = held.packed()
     parts.store.put(memory, tensors, part=f"memory of {name}", parent=key)
@@ -151,7 +151,7 @@ def _replay(parts: Parts, model: nn.Module, batch: Batch, memory: Memory, classe
     return replayed(out, memory.logits[batch["i"]], alpha=parts.rule.alpha, beta=parts.rule.beta).mean()
 
 
-def _rounds(parts: Parts, rows: Examples, size: int, steps: int, seed: int) -> Batches:
+def _rounds(parts: Parts, rows: Records, size: int, steps: int, seed: int) -> Batches:
     """`steps` batches over the rows, round after round in a new order."""
     return parts.task.batches(rows, size, epochs=steps / -(-len(rows) // size), seed=seed)
 

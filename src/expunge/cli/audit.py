@@ -1,0 +1,141 @@
+"""expunge audit, expunge select: what is left in a model, and which records to audit on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.cli.options import TASK, asked, tasks, with_options
+from expunge.cli.shown import Json, Key, Quick, bar, key, show
+
+Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
+Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
+
+
+@with_options(leave=("form",))
+def audit(
+    model: Annotated[str, typer.Option(help="py:module:factory; texts: the folder of the model before.")], options: dict[str, Any],
+    forget: Annotated[str, typer.Option(help="What must be gone, as in forget.")] = "",
+    patch: Annotated[str, typer.Option(help="Patch to audit.")] = "",
+    after: Annotated[str, typer.Option(help="Or: weights (texts, pipelines: folder) after.")] = "",
+    task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
+    reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
+    out: str = "", key_file: Key = "",
+    shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
+    training: Training = "",
+    unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
+    pools: Pools = ".cache/expunge", seed: int = 0, quick: Quick = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Audit a patch, or weights from any other tool, against the model before and retrained references.
+
+    Prints the verdict, then the sections of named checks, weakest first.
+    Pipelines: expunge audit --task diffusion --model DIR --after out/released --concept "tench" --retain "goldfish,hen" --judge VIT-DIR --drawings 25
+    """
+    from expunge.core.errors import SettingError
+    from expunge.core.modality import MODALITIES, Request
+    from expunge.core.patch import Patch
+    from expunge.engine.run import Attempt
+    from expunge.planning import outcome
+
+    if bool(patch) == bool(after):
+        raise SettingError("name either --patch or --after")
+    modality, what, mine = asked(task, options, forget)
+    if shadows and not modality.shadows:
+        raise SettingError(f"shadow models are for {' and '.join(m.spelling for m in MODALITIES.values() if m.shadows)}")
+    found = Patch.load(patch, key(key_file)) if patch else None
+    with bar(as_json) as progress:
+        opened = modality.open(Request(model, what, mine, tuple(reference or ()), after, audit=True, progress=progress))
+        if found is not None:
+            found.apply(opened.after)
+        pool, forgotten = _pools(opened.model, opened.task, opened.split, shadows, unlearn_shadows, training, pools, found, progress)
+        meta = {} if found is None else found.meta
+        attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
+        verdict = outcome.audited(
+            opened.model, opened.after, opened.task, opened.split, references=opened.references, seed=seed, attempt=attempt, slow=not quick, pool=pool,
+            forgotten=forgotten,
+        )  # fmt: skip
+    title = f"Audit of {Path(patch or after).name}"
+    show(verdict.save(out, title) if out else verdict.document(title), as_json)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def select(
+    model: Annotated[str, typer.Option(help="py:module:factory, a function without arguments that returns the module.")],
+    weights: Annotated[str, typer.Option(help="Weights of the trained model.")], train: Annotated[str, typer.Option(help="Its training data.")],
+    size: Annotated[int, typer.Option(help="How many records.")],
+    how: Annotated[str, typer.Option(help="hardest, easiest, vulnerable or random.")] = "hardest",
+    out: Annotated[str, typer.Option(help="Where the ids go, one per line.")] = "gone.txt",
+    test: Annotated[str, typer.Option(help="Data that was never trained on.")] = "", task: str = TASK,
+    shadows: Annotated[int, typer.Option(help="Shadow models, for --how vulnerable.")] = 0, training: Training = "", pools: Pools = ".cache/expunge",
+    seed: int = 0, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Choose a forget set to audit on: the records that are hardest (or easiest) to forget, or that membership shows in most.
+
+    Example: expunge select --model py:models:factory --weights m.safetensors --train csv:train.csv --size 100; then --forget ids:@gone.txt
+    """
+    import torch
+
+    from expunge.core.errors import SettingError, suggest
+    from expunge.core.files import write
+    from expunge.core.modality import MODALITIES, named
+    from expunge.data.records import worst
+    from expunge.modalities import models, readers
+
+    ways = ("hardest", "easiest", "vulnerable", "random")
+    if how not in ways:
+        raise SettingError(suggest("no way to select", how, ways))
+    modality = named(task)
+    if not modality.labelled:
+        raise SettingError(f"select works on {' and '.join(m.spelling for m in MODALITIES.values() if m.labelled)}")
+    made = modality.task()
+    net, data = models.load(model, Path(weights)), readers.load(train, task, Path.cwd(), inside=False)
+    with bar(as_json) as progress:
+        if how == "vulnerable":
+            unseen = readers.load(test, task, Path.cwd(), inside=False) if test else None
+            rows = _shadows(net, made, data, unseen, shadows, training, pools, progress).vulnerable(data, size)
+        elif how == "random":
+            rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size].sort().values
+        else:
+            rows = worst.select(net, made, data, size, easiest=how == "easiest", seed=seed, progress=progress)
+    ids = data.ids[rows].tolist()
+    write(out, "".join(f"{i}\n" for i in ids))
+    show({"how": how, "ids": ids, "file": out}, True) if as_json else print(f"{len(ids)} {how} records: use --forget ids:@{out}")
+
+
+def _shadows(net, task, data, unseen, shadows: int, training: str, folder: str, progress):
+    """A pool over training data and unseen records."""
+    from expunge.audits import pool
+    from expunge.core.errors import SettingError
+    from expunge.core.types import Split
+
+    if not shadows:
+        raise SettingError("--how vulnerable needs --shadows and --training")
+    return pool.shadows(net, task, pool.universe(Split(data, None, unseen)), pool.recipe(training), k=shadows, folder=Path(folder), progress=progress)
+
+
+def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str, folder: str, patch, progress) -> tuple[Any, Any]:
+    """The pool of shadow models, and the same after the patch's method; None for what was not asked for."""
+    from expunge.audits import pool
+    from expunge.core.errors import SettingError
+    from expunge.core.stats import matched
+
+    if not shadows:
+        if unlearn_shadows or training:
+            raise SettingError("--training and --unlearn-shadows need --shadows")
+        return None, None
+    split.require("retain", "test")
+    recipe = pool.recipe(training)
+    data = pool.universe(split)
+    found = pool.shadows(model, task, data, recipe, k=shadows, folder=Path(folder), progress=progress)
+    if not unlearn_shadows:
+        return found, None
+    if patch is None or not patch.meta.get("method"):
+        raise SettingError("--unlearn-shadows needs a patch that names its method")
+    drawn, _ = matched(split.forget.y, split.test.y, 0)
+    unseen = split.test.take(drawn)
+    records = pool.universe(replace(split, retain=None, test=unseen))
+    settings = patch.meta.get("settings", {})
+    return found, pool.forgotten(found, patch.meta["method"], data, records, settings, k=unlearn_shadows, progress=progress)

@@ -1,0 +1,61 @@
+"""expunge methods, expunge bench: what there is, and how it compares."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from expunge.cli.shown import Json, bar
+
+
+def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
+    """List all methods, or show one's manual page with its settings. Example: expunge methods salun"""
+    from expunge.core.registry import METHODS
+
+    if name:
+        print(json.dumps({"name": name, "settings": METHODS[name].defaults, "manual": METHODS[name].manual}) if as_json else METHODS[name].manual)
+        return
+    listed = [
+        {"name": m.name, "tasks": m.tasks, "needs": m.needs, "assurance": m.assurance, "paper": m.paper, "what": m.manual.splitlines()[0]}
+        for m in METHODS.values()
+    ]
+    if as_json:
+        print(json.dumps(listed))
+        return
+    for m in listed:
+        print(f"{m['name']:20} {m['what']}")
+
+
+def bench(
+    world: str = "digits",
+    methods: Annotated[str, typer.Option(help="Names joined by commas; all, and labels of variants beside it: all,esd+retain.")] = "all",
+    seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3",
+    scenarios: Annotated[str, typer.Option(help="Names joined by commas; all of the world's without it.")] = "",
+    references: Annotated[int, typer.Option(help="Retrained models that each cell is read against; -1: 3, and none for drawings.")] = -1,
+    out: str = "bench-out",
+    audit_power: Annotated[bool, typer.Option("--audit-power", help="Audit the audit: a population of models of known truth.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compare methods on a world (digits, cifar10, tofu-tiny, shapes, ...); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
+    import torch
+
+    from expunge.report.table import strict
+
+    torch.set_num_threads(1)
+    chosen = tuple(filter(None, scenarios.split(",")))
+    with bar(as_json) as progress:
+        if audit_power:
+            from expunge.bench import power
+
+            cells = power.bench(world, chosen, out, progress=progress)
+            text = power.markdown(cells)
+        else:
+            from expunge.bench import run as runner
+            from expunge.bench.table import markdown
+
+            count = None if references < 0 else references
+            cells = runner.bench(world, methods.split(","), runner.seed_numbers(seeds), chosen, out, references=count, progress=progress)
+            text = markdown(cells)
+    print(json.dumps(strict(cells)) if as_json else text)

@@ -1,0 +1,83 @@
+"""expunge forget, expunge run: a request from files to a verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.cli.options import TASK, asked, tasks, with_options
+from expunge.cli.shown import Json, Key, Quick, bar, key, show
+
+
+def settings(method: str, extra: list[str]) -> dict[str, Any]:
+    """`--keep 0.3 --soft` after a method -> the settings that were named; raises SettingError with the nearest name. `--npo.retain none` names the method's own
+    retain, where the command has an option of that name."""
+    from expunge.core.errors import SettingError
+    from expunge.core.registry import METHODS
+
+    found: dict[str, Any] = {}
+    words = [part for word in extra for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise SettingError(f"cannot read '{word}'; write settings as --name value")
+        found[word[2:].removeprefix(f"{method}.").replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
+    if found and not method:
+        raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
+    read = METHODS[method].settings(found) if found else {}
+    return {name: read[name] for name in found}
+
+
+@with_options()
+def forget(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="py:module:factory; texts: a folder that save_pretrained wrote, or a PEFT folder.")],
+    options: dict[str, Any],
+    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500; texts: a JSONL file.")] = "",
+    task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
+    method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
+    reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
+    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3).
+
+    Texts: expunge forget --task causal-lm --model DIR --forget f.jsonl --retain r.jsonl --method npo --lora 16; what comes out is loaded without expunge.
+    Pipelines of diffusers: expunge forget --task diffusion --model DIR --concept "Van Gogh style" --anchor "painting" --method uce
+    A setting that is called like an option of this command is written with its method: --npo.retain none.
+    """
+    from expunge.core.modality import Request
+    from expunge.planning import plan as planner
+
+    given = {method: found} if (found := settings(method, context.args)) else {}
+    modality, what, mine = asked(task, options, forget)
+    with bar(as_json) as progress:
+        opened = modality.open(Request(model, what, mine, tuple(reference or ()), progress=progress))
+        verdict = planner.forget(
+            opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
+            folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
+            progress=progress,
+        )  # fmt: skip
+    document = verdict.save(out, f"Forget {opened.split.asked or what}", key(key_file))
+    if folder := opened.release(verdict, Path(out) / "released"):
+        document["released"] = str(folder)
+    closing(modality, verdict, document, out, as_json)
+
+
+def run(recipe: str, as_json: Json = False) -> None:
+    """Carry out a recipe file. Example: expunge run recipes/digits-class.toml"""
+    from expunge.core.modality import named
+    from expunge.planning import recipe as recipes
+
+    with bar(as_json) as progress:
+        verdict, document = recipes.run(found := recipes.read(recipe), progress=progress)
+    closing(named(found.task), verdict, document, found.out, as_json)
+
+
+def closing(modality: Any, verdict: Any, document: dict[str, Any], out: str, as_json: bool) -> None:
+    """The report, what to do with what was written, and the exit code."""
+    show(document, as_json)
+    for line in [] if as_json else modality.told(verdict, document, out):
+        print(line)
+    raise typer.Exit(0 if verdict.passed else 1)

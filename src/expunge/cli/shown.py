@@ -1,0 +1,67 @@
+"""What commands share: the progress bar, the report on the terminal, keys, missing options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
+Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) the patch.")]
+
+
+@contextmanager
+def bar(quiet: bool) -> Iterator[Any]:
+    """A progress callable shown on standard error; None when quiet."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        line = progress.add_task("", total=None)
+        yield lambda text, done, total: progress.update(line, description=text, completed=done, total=total)
+
+
+def show(document: Any, as_json: bool) -> None:
+    """The report's table, or JSON."""
+    from expunge.report import table
+
+    if as_json:
+        print(table.dump({k: v for k, v in document.items() if k != "pictures"} if isinstance(document, dict) else document))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table.show(document, console.width))
+
+
+def wrote(written: list[str], as_json: bool) -> None:
+    """The files that were written."""
+    print(json.dumps({"written": written}) if as_json else "wrote " + " and ".join(written))
+
+
+def needs(value: str, name: str) -> None:
+    """Raises SettingError for an option that is not there."""
+    from expunge.core.errors import SettingError
+
+    if not value:
+        raise SettingError(f"{name} is missing")
+
+
+def key(path: str) -> bytes | None:
+    """The bytes of a key file, None where none is named."""
+    if not path:
+        return None
+    from expunge.core.errors import DataError
+
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the key file: {error.strerror}") from None

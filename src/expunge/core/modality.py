@@ -1,0 +1,240 @@
+"""Modalities: what the rest of the package asks of a kind of model, as a record of functions, one per folder of `expunge.modalities`.
+
+    of(task).rules(probe)                     the default gate
+    MODALITIES["causal_lm"].options           its part of the command line and of recipes
+
+A folder's `modality.py` makes the record and registers it with `modality(...)`. It names functions by `later("package.module:function")`, so that a
+record, whose options the command line reads, is there without PyTorch. A package of someone else's brings one through the entry-point group
+`expunge.modalities`: loading the entry point must register it. Outside a modality's folder nothing asks which modality it is; what differs between them is
+a field here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expunge.core.errors import DataError, SettingError, suggest
+from expunge.core.lookup import Registry
+
+
+@dataclass(frozen=True)
+class Later:
+    """A function that is imported when it is first called. `where` is package.module:function."""
+
+    where: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.found(*args, **options)
+
+    @property
+    def found(self) -> Callable:
+        """The function itself."""
+        module, _, name = self.where.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def later(where: str) -> Later:
+    """`Later(where)`, for the fields of a record."""
+    return Later(where)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command line, and key of recipes: --name with a default whose type is the option's.
+
+    elsewhere   what else is said where it is given for a modality that has it not
+    recipe      whether recipes know it
+    required    whether a recipe must have it
+    """
+
+    name: str
+    default: Any
+    help: str
+    elsewhere: str = ""
+    recipe: bool = True
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model that stands in files, in words.
+
+    what        what must go: a selector, a file, a concept
+    options     values of the modality's options, all of them
+    references  models retrained without it, as `model` or as files of weights
+    after       another model of the same kind, that is to be audited
+    folder      where relative paths start; with `inside` they may not leave it
+    audit       whether it is to be audited alone
+    progress    called as progress(text, done, total), or None
+    """
+
+    model: str
+    what: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
+    after: str = ""
+    folder: Path = field(default_factory=Path)
+    inside: bool = False
+    audit: bool = False
+    progress: Callable[[str, int, int], None] | None = None
+
+    def path(self, name: str) -> Path:
+        """`name` as a path. Raises DataError for one that leaves a folder that it may not leave."""
+        full = (self.folder / name).resolve() if self.inside else self.folder / name
+        if self.inside and not full.is_relative_to(self.folder.resolve()):
+            raise DataError(f"path '{name}' leaves the folder {self.folder.resolve().name}")
+        return full
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A request read: model, task, split, references, the model that is to be audited (or None), and what writes the result.
+
+    release   (verdict, folder) -> the folder that was written, or None where there is nothing to write
+    """
+
+    model: Any
+    task: Any
+    split: Any
+    references: list[Any] = field(default_factory=list)
+    after: Any = None
+    release: Callable[[Any, Path], Path | None] = lambda verdict, folder: None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the autopilot looks for the strength of a method.
+
+    scales    multiples of its strength to try, best on validation first audited
+    tuned     settings -> whether they are those of a method that is run by `recipe`, at multiples of `stride`
+    recipe    (settings, split) -> what is changed of the published settings
+    stride    (settings, task, model) -> the step size that suits the model
+    told      the recipe in short, for tables; empty where methods run as published
+    """
+
+    scales: tuple[float, ...] = (1.0, 3.0, 0.3)
+    tuned: Callable[[Mapping[str, Any]], bool] = lambda settings: False
+    recipe: Callable[[Mapping[str, Any], Any], dict[str, Any]] = lambda settings, split: {}
+    stride: Callable[[Mapping[str, Any], Any, Any], float] = lambda settings, task, model: settings["lr"]
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _nothing(*_: Any) -> None:
+    """What a modality does where it has nothing to do."""
+
+
+def _no_files(request: Request) -> Any:
+    raise SettingError("models of this kind are read by the library alone, not by the command line")
+
+
+EXAMPLES = later("expunge.modalities.examples:Examples")
+
+
+@dataclass(frozen=True)
+class Modality:
+    """A kind of model.
+
+    name        that of its task; `what` the models in words ("language models")
+    task        (...) -> Task
+    rows        (x, y, ids) -> records held in memory
+    adopts      record of a method or check -> whether it also works here, besides those that name the task
+    labelled    whether a record has one class, in `y`: what exact deletion, streams of requests and choosing records stand on
+    shadows     whether shadow models can be trained, for per-example attacks
+    relative    whether losses have no natural unit, so that a drop is read relative to the reference
+    alone       whether what was kept can be read without retain, since a request removes no class
+
+    removed     split -> classes that the request removes
+    kinds       split -> kinds of the request, of which a method must be made for one ("records", "class", "range")
+    preflight   (model, task, split): raises SplitError for data that the model cannot take
+    fits        (model, split, which): the same for another model, named by `which`
+    validation  (model, task, split) -> (model -> score, larger is better, 0 at best, read on validation), or None: no tuning
+    search      how the autopilot looks for the strength of a method
+    rules       probe -> rules of the default gate, by row
+    pace        model -> how an attacker trains it
+    talk        (probe, model after) -> questions and answers for the report
+    bench       checks of a cell of a table (all where empty) and how many retrained models it is read against, both unless all are asked for
+
+    options     its part of the command line and of recipes; `asks` the option that says what must go, `stays` the one for what must stay (TRAIN of `plan`)
+    refuses     option of commands that it does not take -> why
+    open        Request -> Opened
+    sized       Request -> (task, split, model or None) for planning, as light as can be
+    holds       what --model says -> 0 no, 1 perhaps, 2 surely a model of this kind
+    apply       (patch, model, out, key, options) -> what was written; `revert` (patch, model, out, options) the same
+    told        (verdict, document, out) -> closing lines for the terminal
+    worlds      names of its worlds; `world` makes the one of a name
+    """
+
+    name: str
+    what: str
+    task: Callable[..., Any]
+    rows: Callable[[Any, Any, Any], Any] = EXAMPLES
+    adopts: Callable[[Any], bool] = lambda record: False
+    labelled: bool = False
+    shadows: bool = False
+    relative: bool = False
+    alone: bool = False
+
+    removed: Callable[[Any], list[int]] = lambda split: []
+    kinds: Callable[[Any], tuple[str, ...]] = lambda split: ("records",)
+    preflight: Callable[[Any, Any, Any], None] = _nothing
+    fits: Callable[[Any, Any, str], None] = _nothing
+    validation: Callable[[Any, Any, Any], Callable[[Any], float] | None] = _nothing
+    search: Search = field(default_factory=Search)
+    rules: Callable[[Any], dict[str, str]] = lambda probe: {}
+    pace: Callable[[Any], dict[str, Any]] = lambda model: {"lr": 0.01, "momentum": 0.9, "clip": 10.0}
+    talk: Callable[[Any, Any], list[dict[str, str]]] = lambda probe, after: []
+    bench: tuple[tuple[str, ...], int] = ((), 3)
+
+    options: tuple[Option, ...] = ()
+    asks: str = "forget"
+    stays: str = "train"
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    open: Callable[[Request], Opened] = _no_files
+    sized: Callable[[Request], tuple[Any, Any, Any]] = _no_files
+    holds: Callable[[str], int] = lambda model: 0
+    apply: Callable[..., list[str]] = _nothing  # pyright: ignore[reportAssignmentType]
+    revert: Callable[..., list[str]] = _nothing  # pyright: ignore[reportAssignmentType]
+    told: Callable[[Any, Mapping[str, Any], str], list[str]] = lambda verdict, document, out: []
+    worlds: tuple[str, ...] = ()
+    world: Callable[[str], Any] = _nothing
+
+    @property
+    def spelling(self) -> str:
+        """The name as the command line writes it."""
+        return self.name.replace("_", "-")
+
+    @property
+    def filed(self) -> bool:
+        """Whether its models are read from files."""
+        return self.open is not _no_files
+
+
+MODALITIES: Registry = Registry("expunge.modalities", "modality", only=r"\.modality$")
+
+
+def modality(record: Modality) -> Modality:
+    """Register a modality."""
+    MODALITIES.add(record)
+    return record
+
+
+def of(task: Any) -> Modality:
+    """The modality of a task."""
+    return MODALITIES[task.name]
+
+
+def named(task: str) -> Modality:
+    """The modality that a command or recipe names, with - or _. Raises SettingError for one whose models are not read from files, or that is none."""
+    filed = {m.spelling: m for m in MODALITIES.values() if m.filed}
+    if (spelling := task.replace("_", "-")) not in filed:
+        raise SettingError(suggest("no task", task, filed))
+    return filed[spelling]
+
+
+def holding(model: str) -> Modality:
+    """The modality whose models look most like what --model says."""
+    return max((m for m in MODALITIES.values() if m.filed), key=lambda m: m.holds(model))

@@ -1,0 +1,54 @@
+"""The record of causal language models."""
+
+from __future__ import annotations
+
+from expunge.core.modality import Modality, Option, Search, later, modality
+
+HERE = "expunge.modalities.language"
+FILE = "--{} is a file of texts, for --task causal-lm; for a setting of the method write --METHOD.{} VALUE"
+
+OPTIONS = (
+    Option("test", "", "JSONL of texts that were never trained on."),
+    Option("validation", "share:0.3", "JSONL of such texts for tuning, or share:0.3, that share of test."),
+    Option("retain", "", "JSONL of what must stay.", FILE.format("retain", "retain")),
+    Option("anchor", "", "The forget questions, row by row, with what to say instead.", FILE.format("anchor", "anchor")),
+    Option("general", "", "What the model knows besides; the audit reads it, no method does.", FILE.format("general", "general")),
+    Option("template", "auto", "auto (chat where the tokenizer has a template), plain, chat, or a text with {question} in it."),
+    Option("mask", "answer+eos", "Which tokens are trained and scored: answer+eos, answer, full or entity."),
+    Option("max_length", 0, "In tokens; 0 is the model's context, at most 512."),
+    Option("dtype", "auto", "auto (as stored), float32 or bfloat16."),
+    Option("form", "auto", "Folder that is released: merged, peft or auto."),
+)
+
+LANGUAGE = modality(
+    Modality(
+        "causal_lm",
+        "language models",
+        later(f"{HERE}.task:causal_lm"),
+        alone=True,
+        preflight=later(f"{HERE}.texts:preflight"),
+        fits=later(f"{HERE}.texts:fits"),
+        validation=later(f"{HERE}.autopilot:validation"),
+        search=Search(
+            (1.0, 0.3),
+            later(f"{HERE}.autopilot:tuned"),
+            later(f"{HERE}.autopilot:recipe"),
+            later(f"{HERE}.autopilot:stride"),
+            {"batch_size": 8, "accumulate": 1, "retain_size": 32, "retain": "ce", "epochs": 10.0},
+        ),
+        rules=later(f"{HERE}.rules:rules"),
+        pace=later(f"{HERE}.autopilot:pace"),
+        talk=later(f"{HERE}.request:talk"),
+        bench=(("tofu", "memorised", "membership_text", "drop", "membership", "wording", "bare"), 3),
+        options=OPTIONS,
+        stays="retain",
+        open=later(f"{HERE}.request:read"),
+        sized=later(f"{HERE}.request:sized"),
+        holds=later(f"{HERE}.request:holds"),
+        apply=later(f"{HERE}.request:apply"),
+        revert=later(f"{HERE}.request:revert"),
+        told=later(f"{HERE}.request:told"),
+        worlds=("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
+        world=later(f"{HERE}.worlds.build:world"),
+    )
+)

@@ -1,0 +1,12 @@
+"""Options of requests over records in files."""
+
+from __future__ import annotations
+
+from expunge.core.modality import Option
+
+OPTIONS = (
+    Option("train", "", "py:, csv:, parquet:, images: or world: data.", required=True),
+    Option("weights", "", "Safetensors state dict of the model."),
+    Option("test", "", "Data that was never trained on."),
+    Option("validation", "share:0.3", "Data of its own for tuning, or share:0.3, that share of test."),
+)

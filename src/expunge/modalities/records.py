@@ -1,0 +1,56 @@
+"""What modalities of records share: which classes a request removes, the score that tuning reads, and the absolute rules of their gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.core.modality import of
+from expunge.core.stats import auc
+from expunge.core.types import Split, Task, absent
+from expunge.parts.reading import Scores, score
+
+
+def removed(split: Split) -> list[int]:
+    """Classes that the request removes: forget holds examples of them and retain holds none. Empty without retain, or where records have no class."""
+    forget, retain = (getattr(part, "y", None) for part in (split.forget, split.retain))
+    return [] if forget is None or retain is None else absent(forget, retain).tolist()
+
+
+def kinds(split: Split) -> tuple[str, ...]:
+    """ "class" where the request removes one, "records" else."""
+    return ("class",) if removed(split) else ("records",)
+
+
+def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module], float] | None:
+    """A score for tuning and stopping, larger is better, 0 at best: reads forget and validation, never test; None without validation.
+
+    Records: -(2 |AUC(forget loss against validation loss) - 1/2|); removed class: -(accuracy on forget). In both, minus twice the accuracy lost on
+    validation (where there are no labels: the relative rise of its loss).
+    """
+    if split.validation is None:
+        return None
+    gone = torch.tensor(of(task).removed(split))
+    start = score(model, task, split.validation)
+
+    def utility(s: Scores) -> float:
+        if s.labels is None:
+            return -float(s.nll.mean()) / max(float(start.nll.mean()), 1e-12)
+        keep = ~torch.isin(s.labels, gone)
+        return float(s.correct[keep].float().mean()) if bool(keep.any()) else 0.0
+
+    def validate(now: nn.Module) -> float:
+        forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
+        remains = float(forget.correct.float().mean()) if len(gone) else 2 * abs(auc(unseen.nll, forget.nll)[0] - 0.5)
+        return -remains - 2 * max(0.0, utility(start) - utility(unseen))
+
+    return validate
+
+
+def rules(p: Any) -> dict[str, str]:
+    """Rules of a gate for real-valued targets: a gap closed with at least two references, membership else; at most 15 % of the error added on test."""
+    goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
+    return {**goes, "drop.test": "<= 0.15"}

@@ -1,0 +1,29 @@
+"""The record of regressors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from expunge.core.modality import Modality, later, modality
+from expunge.modalities.options import OPTIONS
+
+HERE, RECORDS, REQUESTS = "expunge.modalities.regression", "expunge.modalities.records", "expunge.modalities.requests"
+
+REGRESSION = modality(
+    Modality(
+        "regression",
+        "regressors",
+        later(f"{HERE}.task:regression"),
+        shadows=True,
+        relative=True,
+        kinds=lambda split: ("records", "class", "range"),
+        validation=later(f"{RECORDS}:validation"),
+        rules=later(f"{RECORDS}:rules"),
+        options=OPTIONS,
+        open=partial(later(f"{REQUESTS}:read"), task="regression"),
+        sized=partial(later(f"{REQUESTS}:sized"), task="regression"),
+        holds=lambda model: 0,
+        worlds=("diabetes",),
+        world=later(f"{HERE}.worlds:world"),
+    )
+)
