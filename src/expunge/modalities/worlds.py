@@ -48,8 +48,8 @@ class World:
     """(N,) bool: rows of train whose label is wrong."""
     asked: Mapping[str, Split] = field(default_factory=dict)
     """scenario -> split, for a world whose requests are given with its data."""
-    given: Mapping[str, Path] = field(default_factory=dict)
-    """Label of a model -> folder that save_pretrained wrote, for models that are not trained here."""
+    given: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    """Label of a model -> what loads it, for models that are not trained here."""
     extra: Any = None
     """What every model is trained on besides, but no method is given: the general knowledge of a language world."""
 
@@ -152,13 +152,11 @@ def _thirds(n: int, sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
     return [np.sort(part) for part in np.split(order, cuts)[: len(sizes)]]
 
 
-def _given(folders: Mapping[str, Path], label: str) -> nn.Module:
-    from expunge.modalities.language import checkpoints
-
+def _given(models: Mapping[str, Callable[[], nn.Module]], label: str) -> nn.Module:
     kind = "original" if label.startswith("original") else label
-    if kind not in folders:
-        raise DataError(f"no folder for the model {label}; there are {', '.join(folders)}")
-    return checkpoints.load(folders[kind])[0]
+    if kind not in models:
+        raise DataError(f"no folder for the model {label}; there are {', '.join(models)}")
+    return models[kind]()
 
 
 def worlds() -> dict[str, Modality]:

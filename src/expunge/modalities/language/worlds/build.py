@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from expunge.core.errors import DataError
 from expunge.core.types import Split, concat
@@ -100,13 +101,17 @@ def checkpoint() -> World:
     known = [*tagged(folder, "real_authors"), *tagged(folder, "world_facts")]
     whole, general = form.texts(rows), form.texts(known, len(rows) + torch.arange(len(known)))
     refusals = (folder / "idontknow.txt").read_text(encoding="utf-8").splitlines()
-    asked, labels = {}, {"original": Path(original)}
+    asked, labels = {}, {"original": functools.partial(_loaded, original)}
     for scenario, share in (("forget01", 0.01), ("forget05", 0.05), ("forget10", 0.1)):
         cut = len(rows) - round(share * len(rows))
         forget = whole.take(range(cut, len(rows)))
         asked[scenario] = Split(forget, whole.take(range(cut)), anchor=refused(form, forget, refusals), general=general, asked=f"{scenario} of TOFU")
-        labels |= {f"retrained-{scenario}-{k}": path for k, path in enumerate(gold)}
+        labels |= {f"retrained-{scenario}-{k}": functools.partial(_loaded, path) for k, path in enumerate(gold)}
     return World("tofu", causal_lm(tokenizer), lambda: model, whole, None, None, {"epochs": 5}, asked=asked, given=labels)
+
+
+def _loaded(folder: Path | str) -> nn.Module:
+    return checkpoints.load(folder)[0]
 
 
 def tagged(folder: Path, name: str) -> Rows:
