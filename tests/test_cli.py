@@ -16,9 +16,9 @@ from expunge.cli import forget as flags
 from expunge.core.errors import DataError, ModelError, RecipeError, SettingError, SplitError
 from expunge.core.patch import difference
 from expunge.engine.run import unlearn
-from expunge.modalities import models, selectors
-from expunge.modalities import readers as load
 from expunge.modalities.examples import Examples
+from expunge.modalities.files import models, selectors
+from expunge.modalities.files import readers as load
 from expunge.planning import recipe
 
 FACTORY = "import functools\nfrom expunge.modalities.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"

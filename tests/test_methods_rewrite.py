@@ -22,11 +22,11 @@ from expunge.methods.language import harry_potter as potter
 from expunge.methods.language import relearn as learn
 from expunge.methods.language import tool_delete as delete
 from expunge.methods.language import unstar as star
+from expunge.modalities.files.models import save_state
 from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.task import causal_lm, padded
 from expunge.modalities.language.tuning import Tuning
 from expunge.modalities.language.worlds import authors, tiny
-from expunge.modalities.models import save_state
 from expunge.parts.losses.language import token_kl
 from expunge.parts.scopes.lora import lora
 from expunge.parts.training import fresh

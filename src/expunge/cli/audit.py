@@ -82,7 +82,7 @@ def select(
     from expunge.core.files import write
     from expunge.core.modality import MODALITIES, named
     from expunge.data.records import worst
-    from expunge.modalities import models, readers
+    from expunge.modalities.files import models, readers
 
     ways = ("hardest", "easiest", "vulnerable", "random")
     if how not in ways:

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.core import files
+from expunge.core import digest, files
 from expunge.core.errors import DataError, SettingError, suggest
 from expunge.core.modality import MODALITIES, Modality
 from expunge.core.types import Split, Task, concat
-from expunge.modalities import models
 from expunge.modalities.examples import Examples
 from expunge.parts import training
 
@@ -121,7 +120,7 @@ class World:
                 from safetensors.torch import load_file
 
                 missing = model.load_state_dict(load_file(path), strict=False).missing_keys
-                if set(missing) & set(models.distinct(model)):
+                if set(missing) & set(digest.distinct(model)):
                     raise DataError(f"{path.name} in the cache lacks {missing[0]}; delete it")
                 return model.eval()
             with guard.watching(guard.Guard(progress=progress, label=f"{self.name} {label}")):
@@ -129,7 +128,7 @@ class World:
         if path is not None:
             from safetensors.torch import save
 
-            files.write(path, save(models.distinct(model)))
+            files.write(path, save(digest.distinct(model)))
         return model.eval()
 
 

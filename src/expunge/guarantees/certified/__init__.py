@@ -1,6 +1,6 @@
 """Certified deletion: noisy gradient descent on a linear head over frozen features, with a bound on what is left of a deleted record.
 
-    h = fit(features, labels, ids, epsilon=2.0, delta=1e-4); h.forget([17]); h.release("head.safetensors")
+h = fit(features, labels, ids, epsilon=2.0, delta=1e-4); h.forget([17]); h.release("head.safetensors")
 """
 
 from expunge.guarantees.certified.certificate import Certificate, Settings, certify

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expunge.core.errors import DataError, SplitError
 from expunge.core.types import Records
-from expunge.modalities import selectors
+from expunge.modalities.files import selectors
 
 KINDS = ("learn", "forget")
 COLUMNS = ("time", "kind", "what")

@@ -40,10 +40,10 @@ from expunge.core.registry import method, retaining
 from expunge.core.types import Split, Task, device_of, float_of
 from expunge.data.language.answers import given, remembered, texts
 from expunge.data.language.rewrite import Generator, Wanted, local, rewrite
+from expunge.modalities.files.models import read_state
 from expunge.modalities.language.checkpoints import load
 from expunge.modalities.language.texts import Texts
 from expunge.modalities.language.tuning import Tuning, cost, opened, tune
-from expunge.modalities.models import read_state
 from expunge.parts.losses.language import pooled
 from expunge.parts.training import fresh
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from expunge.core.modality import Modality, later, modality
-from expunge.modalities.options import OPTIONS
+from expunge.modalities.files.options import OPTIONS
 
-HERE, RECORDS, REQUESTS = "expunge.modalities.classification", "expunge.modalities.records", "expunge.modalities.requests"
+HERE, RECORDS, REQUESTS = "expunge.modalities.classification", "expunge.modalities.records", "expunge.modalities.files.requests"
 
 CLASSIFICATION = modality(
     Modality(

@@ -15,12 +15,12 @@ from expunge.core.edits import Hook
 from expunge.core.errors import ModelError, SettingError, SplitError
 from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
+from expunge.modalities.files.requests import share
 from expunge.modalities.language import checkpoints
 from expunge.modalities.language.records.format import Format, split, windows
 from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
-from expunge.modalities.requests import share
 
 PARTS = ("forget", "retain", "test", "validation", "anchor", "general")
 

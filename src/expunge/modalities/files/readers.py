@@ -13,7 +13,7 @@ import torch
 
 from expunge.core.errors import DataError, suggest
 from expunge.modalities.examples import Examples
-from expunge.modalities.models import call
+from expunge.modalities.files.models import call
 
 MAX_BYTES = 1 << 34
 """Largest data file that is read: 16 GiB."""

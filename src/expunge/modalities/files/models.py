@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.core.digest import distinct
 from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.files import write
 
@@ -77,15 +78,3 @@ def save_state(model: nn.Module, path: Path | str) -> Path:
     from safetensors.torch import save
 
     return write(path, save(distinct(model)))
-
-
-def distinct(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without the second name of a tensor that has two, as tied embeddings do."""
-    found: dict[str, torch.Tensor] = {}
-    known: set[tuple[int, torch.Size]] = set()
-    for name, t in model.state_dict().items():
-        if t.numel() and (t.data_ptr(), t.shape) in known:
-            continue
-        known.add((t.data_ptr(), t.shape))
-        found[name] = t.detach().cpu().contiguous()
-    return found

@@ -12,7 +12,7 @@ from torch import nn
 from expunge.core.errors import RecipeError, SettingError
 from expunge.core.modality import Opened, Request, named
 from expunge.core.types import Split, Task
-from expunge.modalities import models, readers, selectors
+from expunge.modalities.files import models, readers, selectors
 
 
 def share(validation: str) -> float:
