@@ -70,9 +70,9 @@ def show(document: Any, as_json: bool) -> None:
     console.print(table.show(document, console.width))
 
 
-def settings(method: str, extra: list[str]) -> dict[str, Any]:
-    """`--keep 0.3 --soft` after a method -> the settings that were named; raises SettingError with the nearest name. `--npo.retain none` names the method's own
-    retain, where the command has an option of that name."""
+def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
+    """`--keep 0.3 --soft` after a method -> the settings that were named, over all those of a preset; raises SettingError with the nearest name.
+    `--npo.retain none` names the method's own retain, where the command has an option of that name."""
     from expunge.core.errors import SettingError
     from expunge.core.registry import METHODS
 
@@ -85,8 +85,10 @@ def settings(method: str, extra: list[str]) -> dict[str, Any]:
         found[word[2:].removeprefix(f"{method}.").replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
     if found and not method:
         raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
+    if preset and not method:
+        raise SettingError("--preset needs --method, whose settings it sets")
     read = METHODS[method].settings(found) if found else {}
-    return {name: read[name] for name in found}
+    return {**(METHODS[method].preset(preset) if preset else {}), **{name: read[name] for name in found}}
 
 
 @app.command()
@@ -208,6 +210,7 @@ def forget(
     concept: Concept = "", train: Annotated[str, typer.Option(help="py:, csv:, parquet:, images: or world: data.")] = "", weights: Weights = "", test: str = "",
     validation: str = "", task: TaskName = "classification",
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
+    preset: Annotated[str, typer.Option(help="paper: the method's settings as published, under those named as flags.")] = "",
     retain: Retain = "", anchor: Anchor = "", general: General = "",
     template: Template = "auto", mask: Mask = "answer+eos", max_length: MaxLength = 0,
     dtype: Dtype = "auto", form: Form = "auto", judge: Judge = "", drawings: Drawings = 0,
@@ -226,7 +229,7 @@ def forget(
     from expunge.planning import plan as planner
     from expunge.planning.recipe import prepare
 
-    given = {method: found} if (found := settings(method, context.args)) else {}
+    given = {method: found} if (found := settings(method, context.args, preset)) else {}
     parts, tokenizer, pipeline = {"retain": retain, "anchor": anchor, "general": general}, None, None
     cli_texts.check(task, form, parts)
     forget = cli_images.asked(task, forget, concept, {"train": train, "weights": weights, "test": test, "validation": validation, **parts}, judge, drawings)
@@ -261,6 +264,8 @@ def _told(verdict: Any, document: dict[str, Any], out: str, as_json: bool) -> No
     show(document, as_json)
     if not as_json:
         cli_texts.told(verdict, document, out)
+        for line in verdict.doubts:
+            print(line)
 
 
 def _needs(value: str, name: str) -> None:
@@ -508,17 +513,18 @@ def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) 
     from expunge.core.registry import METHODS
 
     if name:
-        print(json.dumps({"name": name, "settings": METHODS[name].defaults, "manual": METHODS[name].manual}) if as_json else METHODS[name].manual)
+        m = METHODS[name]
+        print(json.dumps({"name": name, "stable": m.stable, "reason": m.reason, "settings": m.defaults, "manual": m.manual}) if as_json else m.manual)
         return
     listed = [
-        {"name": m.name, "tasks": m.tasks, "needs": m.needs, "assurance": m.assurance, "paper": m.paper, "what": m.manual.splitlines()[0]}
+        {"name": m.name, "tasks": m.tasks, "needs": m.needs, "assurance": m.assurance, "stable": m.stable, "paper": m.paper, "what": m.manual.splitlines()[0]}
         for m in METHODS.values()
     ]
     if as_json:
         print(json.dumps(listed))
         return
     for m in listed:
-        print(f"{m['name']:20} {m['what']}")
+        print(f"{m['name']:20} {'stable' if m['stable'] else 'experimental':12} {m['what']}")
 
 
 @app.command()
