@@ -263,6 +263,7 @@ def test_the_page_lists_every_card_and_every_method():
 
 
 def test_what_the_cards_name_is_there():
+    assert len(CARDS) == 82
     assert set(chain.from_iterable(of.get("methods", ()) for of in CARDS.values())) <= set(METHODS)
     for card, of in CARDS.items():
         assert of.get("methods") or of.get("paper"), card
