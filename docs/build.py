@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: docs/methods/*.md, docs/checks.md, docs/cli.md and the method table of README.md.
+"""Writes the pages that follow from the code: docs/methods/*.md, docs/papers.md, docs/checks.md, docs/cli.md and the method table of README.md.
 
 python docs/build.py            write what is stale
 python docs/build.py --check    write nothing; exit 1 and name the stale files
@@ -11,7 +11,10 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from expunge.core.registry import CHECKS, METHODS, Method
 
@@ -20,6 +23,23 @@ DOCS = ROOT / "docs"
 HEADINGS = ("Paper", "Forgets", "Needs", "Scope", "Forget", "Retain", "Update", "Leaves", "Settings", "Differs", "Check")
 """What every method's manual must say. `Code` is there when code was published."""
 NOTE = "<!-- written by docs/build.py; edit the source instead -->\n\n"
+PAPERS = """Every published system that this package was built from. Each has a card of its own, with formulas, settings, and where paper and code disagree.
+A row says where its settings stand, what they are where our defaults differ (`--preset paper`, `METHODS[name].preset("paper")`, or `preset = "paper"` in a
+recipe), and what our own tables measured. "Not given": the card holds none. "Our defaults": the published settings are our defaults. Settings of small
+worlds differ from those of large models for a reason; a preset is for comparison.
+
+A method is **stable** when it has a card, the card's checkable cases are tests here, it stands in a committed table of a valid world, and does there what its
+paper claims; else it is experimental, and its page says why. The last is read from the [tables](benchmarks.md) so:
+
+- classifiers: in at least half of its tables of valid worlds it closes 0.5 of the gap (KLOM) or more on every seed, with retain and test accuracy at most 3
+  points below doing nothing (means), and in none does it cost 10 points or more;
+- language models: D is below its critical value on every seed, utility is 95 % of before or more, and `drop.retain` at most 0.05 (check C1);
+- diffusion models: in every table of three seeds UA is 98 or more, and the others (IRA, CRA) are at most 5 points below doing nothing;
+- a method whose paper claims robustness, or to remove backdoors, is held to that, and one that our pages name as failing, on a kind of model or on a seed,
+  is experimental.
+
+A stable method's page says in which tables it holds, and what it does not do. Stable says nothing of your model: every run is audited all the same.
+"""
 _ENTRY = re.compile(r"    (\w+)  +(\S.*)")
 
 
@@ -61,17 +81,70 @@ def method_page(method: Method) -> str:
     facts = " ".join(f"{what}: {', '.join(values)}." for what, values in said_of.items())
     table = "\n".join(["| setting | type | default | meaning |", "|---|---|---|---|", *rows])
     toy = ", ".join(f"{k}={v}" for k, v in method.toy.items()) or "the defaults"
-    head = f"# {method.name}\n\n{NOTE}{summary(method.manual)}\n\n{facts}\n"
+    by = f"[Stable](../papers.md), by {data('measured')[method.name]['holds']}." if method.stable else f"[Experimental](../papers.md): {method.reason}."
+    head = f"# {method.name}\n\n{NOTE}{summary(method.manual)}\n\n{facts}\n\n{by}\n"
     return f"{head}\n## Settings\n\n{table}\n\nThe tests run it on small worlds with {toy}.\n\n## Manual\n\n```text\n{method.manual}\n```\n"
 
 
 def method_table(folder: str) -> str:
     """One row per method; links are relative to `folder`."""
     rows = [
-        f"| [{m.name}]({folder}{m.name}.md) | {cell(summary(m.manual))} | {', '.join(m.tasks)} | {', '.join(m.needs)} | {m.assurance} |"
+        f"| [{m.name}]({folder}{m.name}.md) | {cell(summary(m.manual))} | {', '.join(m.tasks)} | {', '.join(m.needs)} | {m.assurance} | {standing(m)} |"
         for m in METHODS.values()
     ]
-    return "\n".join(["| method | what it does | tasks | needs | assurance |", "|---|---|---|---|---|", *rows])
+    return "\n".join(["| method | what it does | tasks | needs | assurance | standing |", "|---|---|---|---|---|---|", *rows])
+
+
+def standing(method: Method) -> str:
+    """Stable or experimental."""
+    return "stable" if method.stable else "experimental"
+
+
+def data(name: str) -> dict[str, Any]:
+    """A TOML file beside this one."""
+    return tomllib.loads((DOCS / f"{name}.toml").read_text())
+
+
+def assigned(settings: Mapping[str, Any]) -> str:
+    """Settings as name=value."""
+    return ", ".join(f"`{n}={f'{v:g}' if isinstance(v, float) else v}`" for n, v in settings.items())
+
+
+def published(method: Method) -> tuple[str, str]:
+    """The settings as published, and ours of the same names."""
+    if not method.published:
+        return ("not given" if method.place.startswith(("the card names no place", "it has no card")) else "our defaults"), ""
+    return assigned(method.published), assigned({n: method.defaults[n] for n in method.published})
+
+
+def measured(rows: Mapping[str, Any], name: str) -> str:
+    """What our tables say, in one phrase."""
+    if name not in rows:
+        return "not tabled"
+    row = rows[name]
+    read = ", ".join(f"{what} {value}" for what, value in zip(row["what"], row["value"], strict=True))
+    return f"{row['world']}{f' ({found})' if (found := row.get('settings')) else ''}: {read}"
+
+
+def papers_page() -> str:
+    """A row per method and card, and one per card of which there is no method."""
+    cards, tables = data("cards"), data("measured")
+    rows = []
+    for m in METHODS.values():
+        named = ", ".join(card for card, of in cards.items() if m.name in of.get("methods", ())) or "none"
+        cells = (f"[{m.name}](methods/{m.name}.md)", standing(m), named, m.paper, m.place, *published(m), measured(tables, m.name))
+        rows.append(f"| {' | '.join(cell(c) for c in cells)} |")
+    head = [
+        "| method | standing | card | paper | where its settings stand | as published | our defaults | measured here |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    others = [
+        f"| {card} | {cell(of['paper'])} | {'; '.join(of['here']) if 'here' in of else 'not implemented'} |"
+        for card, of in cards.items()
+        if "here" in of or not of.get("methods")
+    ]
+    more = ["| card | paper | here |", "|---|---|---|", *others]
+    return "\n".join([f"# Papers\n\n{NOTE}{PAPERS}\n## Methods\n", *head, *rows, "\n## Audits, data, guarantees, and what is not here\n", *more]) + "\n"
 
 
 def checks_page() -> str:
@@ -127,6 +200,7 @@ def pages() -> dict[Path, str]:
     """Every generated file and what it must hold."""
     out = {DOCS / "methods" / f"{m.name}.md": method_page(m) for m in METHODS.values()}
     out[DOCS / "methods" / "index.md"] = f"# Methods\n\n{NOTE}{method_table('')}\n"
+    out[DOCS / "papers.md"] = papers_page()
     out[DOCS / "checks.md"] = checks_page()
     out[DOCS / "cli.md"] = cli_page()
     out[ROOT / "README.md"] = between((ROOT / "README.md").read_text(), "methods", method_table("docs/methods/"))

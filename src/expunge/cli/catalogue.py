@@ -15,17 +15,18 @@ def methods(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) 
     from expunge.core.registry import METHODS
 
     if name:
-        print(json.dumps({"name": name, "settings": METHODS[name].defaults, "manual": METHODS[name].manual}) if as_json else METHODS[name].manual)
+        m = METHODS[name]
+        print(json.dumps({"name": name, "stable": m.stable, "reason": m.reason, "settings": m.defaults, "manual": m.manual}) if as_json else m.manual)
         return
     listed = [
-        {"name": m.name, "tasks": m.tasks, "needs": m.needs, "assurance": m.assurance, "paper": m.paper, "what": m.manual.splitlines()[0]}
+        {"name": m.name, "tasks": m.tasks, "needs": m.needs, "assurance": m.assurance, "stable": m.stable, "paper": m.paper, "what": m.manual.splitlines()[0]}
         for m in METHODS.values()
     ]
     if as_json:
         print(json.dumps(listed))
         return
     for m in listed:
-        print(f"{m['name']:20} {m['what']}")
+        print(f"{m['name']:20} {'stable' if m['stable'] else 'experimental':12} {m['what']}")
 
 
 def bench(

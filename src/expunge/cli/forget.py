@@ -11,9 +11,9 @@ from expunge.cli.options import TASK, asked, tasks, with_options
 from expunge.cli.shown import Json, Key, Quick, bar, key, show
 
 
-def settings(method: str, extra: list[str]) -> dict[str, Any]:
-    """`--keep 0.3 --soft` after a method -> the settings that were named; raises SettingError with the nearest name. `--npo.retain none` names the method's own
-    retain, where the command has an option of that name."""
+def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
+    """`--keep 0.3 --soft` after a method -> the settings that were named, over all those of a preset; raises SettingError with the nearest name.
+    `--npo.retain none` names the method's own retain, where the command has an option of that name."""
     from expunge.core.errors import SettingError
     from expunge.core.registry import METHODS
 
@@ -26,8 +26,10 @@ def settings(method: str, extra: list[str]) -> dict[str, Any]:
         found[word[2:].removeprefix(f"{method}.").replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
     if found and not method:
         raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
+    if preset and not method:
+        raise SettingError("--preset needs --method, whose settings it sets")
     read = METHODS[method].settings(found) if found else {}
-    return {name: read[name] for name in found}
+    return {**(METHODS[method].preset(preset) if preset else {}), **{name: read[name] for name in found}}
 
 
 @with_options()
@@ -38,6 +40,7 @@ def forget(
     forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500; texts: a JSONL file.")] = "",
     task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
+    preset: Annotated[str, typer.Option(help="paper: the method's settings as published, under those named as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
     retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -50,7 +53,7 @@ def forget(
     from expunge.core.modality import Request
     from expunge.planning import plan as planner
 
-    given = {method: found} if (found := settings(method, context.args)) else {}
+    given = {method: found} if (found := settings(method, context.args, preset)) else {}
     modality, what, mine = asked(task, options, forget)
     with bar(as_json) as progress:
         opened = modality.open(Request(model, what, mine, tuple(reference or ()), progress=progress))
@@ -78,6 +81,6 @@ def run(recipe: str, as_json: Json = False) -> None:
 def closing(modality: Any, verdict: Any, document: dict[str, Any], out: str, as_json: bool) -> None:
     """The report, what to do with what was written, and the exit code."""
     show(document, as_json)
-    for line in [] if as_json else modality.told(verdict, document, out):
+    for line in [] if as_json else [*modality.told(verdict, document, out), *verdict.doubts]:
         print(line)
     raise typer.Exit(0 if verdict.passed else 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from expunge.core.patch import Patch
 from expunge.core.types import Split, Task
 
 ASSURANCES = ("exact", "certified", "approximate", "suppression")
+PRESETS = ("paper",)
+"""Names that `Method.preset` knows: the defaults overlaid with what was published."""
 
 
 def retaining(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -51,6 +53,10 @@ class Method:
     twin        "moe" for methods that need a mixture of experts: which twin of a world it works on
     accepts     model -> None, or ModelError for a model that is not of the kind it needs
     asks        settings -> parts of the split that a run with these settings reads besides `needs`, each with what to say where it is missing
+    published   settings as published, in the paper or else in its code, where they differ from the defaults
+    place       where these stand, as far as the method's card tells
+    stable      it has a card, the card's checkable cases are tests, it stands in a table of a valid world, and does there what its paper claims
+    lacks       which of these is missing, in one sentence that begins small and ends without a stop
     """
 
     name: str
@@ -65,6 +71,15 @@ class Method:
     twin: str = ""
     asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining
     accepts: Callable[[nn.Module], Any] | None = None
+    published: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+    stable: bool = False
+    lacks: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it is experimental; empty for a stable method."""
+        return "" if self.stable else self.lacks or "nobody has said that it does what its paper claims"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -105,6 +120,12 @@ class Method:
             out[name] = convert(f"{self.name}'s {name}", value, out[name])
         return out
 
+    def preset(self, name: str) -> dict[str, Any]:
+        """All settings of a preset: `paper` is the defaults overlaid with `published`. Raises SettingError naming those there are."""
+        if name not in PRESETS:
+            raise SettingError(suggest(f"{self.name} has no preset", str(name), PRESETS))
+        return self.settings(self.published)
+
     def expected(self, split: Split, settings: Mapping[str, Any]) -> tuple[float, float]:
         """Examples forward and backward that a run with these settings will cost."""
         return self.cost({name: len(part) for name, part in split.parts().items()}, settings)
@@ -141,8 +162,8 @@ class Method:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             patch = self.function(model, guard.metered(task, split, watch.meter), split, seed=seed, **self._arguments(settings))
-        meta = {"method": self.name, "settings": settings, "seed": seed, "assurance": self.assurance, "version": __version__, "asked": split.asked}
-        return patch.stamped(model, **meta)
+        meta = {"method": self.name, "settings": settings, "seed": seed, "assurance": self.assurance, "stable": self.stable, "version": __version__}
+        return patch.stamped(model, **meta, asked=split.asked)
 
 
 def convert(what: str, value: Any, default: Any) -> Any:
@@ -176,11 +197,17 @@ def method(
     twin: str = "",
     asks: Callable[[Mapping[str, Any]], Mapping[str, str]] = retaining,
     accepts: Callable[[nn.Module], Any] | None = None,
+    published: Mapping[str, Any] | None = None,
+    place: str = "",
+    stable: bool = False,
+    lacks: str = "",
 ) -> Callable:
     """Register a method; the function's name is the method's name."""
 
     def wrap(function: Callable[..., Patch]) -> Method:
-        record = Method(function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin, asks, accepts)
+        record = Method(
+            function.__name__, function, paper, tasks, needs, forgets, assurance, cost, toy, twin, asks, accepts, published or {}, place, stable, lacks
+        )
         METHODS.add(record)
         return record
 

@@ -62,6 +62,12 @@ class Verdict:
     baselines: Mapping[str, list[Row]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def doubts(self) -> list[str]:
+        """A line on the chosen method if it is experimental; when none was chosen, on each that was tried."""
+        names = dict.fromkeys(t.attempt.method for t in ([self.chosen] if self.chosen else self.tries))
+        return [f"{m} is experimental: {METHODS[m].reason}" for m in names if m in METHODS and not METHODS[m].stable]
+
     def __repr__(self) -> str:
         what = f"passed with {self.chosen.attempt.method}" if self.chosen else "not passed: " + ("; ".join(self.reasons) or "no try")
         return f"Verdict({what}; {len(self.tries)} tries, {len(self.probe.references)} retrained references)"
@@ -101,6 +107,7 @@ class Verdict:
             "verdict": {"passed": self.passed, "reasons": list(self.reasons)},
             "chosen": None if chosen is None else {
                 "method": chosen.attempt.method, "settings": dict(chosen.attempt.settings), "seed": chosen.attempt.seed, "cost": self._cost(chosen.attempt),
+                "stable": METHODS[chosen.attempt.method].stable if chosen.attempt.method in METHODS else None,
                 **({} if chosen.attempt.patch is None else {"digest": chosen.attempt.patch.digest, "places": chosen.attempt.patch.places}),
             },
             "talk": [] if after is None or not pictures else of(p.task).talk(p, after),

@@ -6,6 +6,7 @@
     methods = ["salun", "ssd"]             references = ["retrained-0.safetensors"]
     [with.salun]                           [gate]
     keep = 0.3                             "accuracy.forget" = "<= 0.05"
+    preset = "paper"                       settings as published, under those named beside it
 
     task    = "causal-lm"                  model   = "model"                       texts: a folder that save_pretrained wrote, and files of JSON lines
     forget  = "forget.jsonl"               retain  = "retain.jsonl"
@@ -26,6 +27,7 @@ from typing import Any
 from expunge.core.errors import RecipeError, SettingError, suggest
 from expunge.core.files import inside
 from expunge.core.modality import MODALITIES, Option, Request, named
+from expunge.core.registry import METHODS
 from expunge.planning import plan
 
 
@@ -117,5 +119,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
 
 
 def _placed(settings: dict[str, dict[str, Any]], near: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
-    """The settings, with the one that names weights (`tool_free`) as a path from the recipe."""
+    """The settings over those of their preset, with the one that names weights (`tool_free`) as a path from the recipe."""
+    settings = {m: {**METHODS[m].preset(given["preset"]), **{n: v for n, v in given.items() if n != "preset"}} if "preset" in given else given
+                for m, given in settings.items()}  # fmt: skip
     return {m: {n: str(near(v)) if n == "tool_free" and v and isinstance(v, str) else v for n, v in given.items()} for m, given in settings.items()}

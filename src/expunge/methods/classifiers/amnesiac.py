@@ -34,8 +34,12 @@ from expunge.parts.scopes.layers import everything
 from expunge.parts.updates.descend import descend
 
 
-@method(paper="arXiv:2010.10981", tasks=("classification",), needs=("forget", "retain"),
-    cost=lambda n, s: (s["epochs"] * (n["forget"] + n["retain"]) + 1, s["epochs"] * (n["forget"] + n["retain"])), toy={"epochs": 3.0, "lr": 0.003})  # fmt: skip
+@method(
+    paper="arXiv:2010.10981", tasks=("classification",), needs=("forget", "retain"),
+    cost=lambda n, s: (s["epochs"] * (n["forget"] + n["retain"]) + 1, s["epochs"] * (n["forget"] + n["retain"])), toy={"epochs": 3.0, "lr": 0.003},
+    published={"epochs": 3.0, "lr": 0.0001}, place="reference codes, small networks; the card names no section",
+    lacks="on cifar10 it forgets random records hardly (gap closed 0.06) and costs 10.5 points of test accuracy; a class it forgets",
+)  # fmt: skip
 def amnesiac(
     model: nn.Module,
     task: Task,

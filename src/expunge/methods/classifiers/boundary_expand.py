@@ -33,8 +33,12 @@ from expunge.parts.scopes.layers import everything
 from expunge.parts.updates.descend import descend
 
 
-@method(paper="arXiv:2303.11570", tasks=("classification",), needs=("forget",),
-    cost=lambda n, s: (s["epochs"] * n["forget"], s["epochs"] * n["forget"]), toy={"epochs": 10.0, "lr": 0.03})  # fmt: skip
+@method(
+    paper="arXiv:2303.11570", tasks=("classification",), needs=("forget",),
+    cost=lambda n, s: (s["epochs"] * n["forget"], s["epochs"] * n["forget"]), toy={"epochs": 10.0, "lr": 0.03},
+    published={"epochs": 10.0, "lr": 1e-05}, place="code: TY-LEE-KR/Boundary-Unlearning-Code",
+    lacks="it costs 8 points of retain accuracy or more in all of its valid tables, and 55 on random records of cifar10",
+)  # fmt: skip
 def boundary_expand(
     model: nn.Module,
     task: Task,

@@ -54,8 +54,12 @@ def _curvatures(model: nn.Module, task: Task, data) -> Tensor:
         return torch.cat([curvature(model, task, batches[k]) for k in range(len(batches))])
 
 
-@method(paper="arXiv:2303.11570", tasks=("classification",), needs=("forget",),
-    cost=_cost, toy={"epochs": 5.0, "lr": 0.01})  # fmt: skip
+@method(
+    paper="arXiv:2303.11570", tasks=("classification",), needs=("forget",),
+    cost=_cost, toy={"epochs": 5.0, "lr": 0.01},
+    published={"epochs": 10.0, "lr": 1e-05, "buffers": "move"}, place="code: TY-LEE-KR/Boundary-Unlearning-Code",
+    lacks="it costs 8 to 41 points of retain accuracy in three of its four valid tables",
+)  # fmt: skip
 def boundary_shrink(
     model: nn.Module,
     task: Task,

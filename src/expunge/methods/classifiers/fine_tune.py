@@ -35,8 +35,12 @@ from expunge.parts.training import fresh
 from expunge.parts.updates.descend import descend
 
 
-@method(paper="arXiv:2201.06640", tasks=("classification", "regression"), needs=("retain",),
-    cost=lambda n, s: (s["epochs"] * n["retain"], s["epochs"] * n["retain"]), toy={"epochs": 4.0, "lr": 0.05, "k": 2, "reset": True})  # fmt: skip
+@method(
+    paper="arXiv:2201.06640", tasks=("classification", "regression"), needs=("retain",),
+    cost=lambda n, s: (s["epochs"] * n["retain"], s["epochs"] * n["retain"]), toy={"epochs": 4.0, "lr": 0.05, "k": 2, "reset": True},
+    published={"epochs": 10.0, "lr": 0.01, "batch_size": 256}, place="code: OPTML-Group/Unlearn-Sparse (batches of 128 in the paper's Table A1)",
+    lacks="it does not forget: gap closed 0.05 for a class of digits and 0.02 for one of mnist; it is a baseline",
+)  # fmt: skip
 def fine_tune(
     model: nn.Module,
     task: Task,

@@ -28,8 +28,12 @@ from expunge.parts.scopes.layers import everything, last
 from expunge.parts.updates.gradients import fisher
 
 
-@method(paper="arXiv:1911.04933", tasks=("classification",), needs=("retain",),
-    cost=lambda n, s: (n["retain"], n["retain"]), toy={"alpha": 1e-5})  # fmt: skip
+@method(
+    paper="arXiv:1911.04933", tasks=("classification",), needs=("retain",),
+    cost=lambda n, s: (n["retain"], n["retain"]), toy={"alpha": 1e-5},
+    published={"per_sample": False, "batch_size": 32}, place="code: fisher_new in unlearn/ of OPTML-Group/Unlearn-Sparse; alpha is searched per case",
+    stable=True,
+)  # fmt: skip
 def fisher_forgetting(
     model: nn.Module,
     task: Task,

@@ -129,7 +129,12 @@ def _cost(n, s) -> tuple[float, float]:
     return seen + (n["forget"] + n["retain"] if s["prototypes"] else 0), seen
 
 
-@method(paper="arXiv:2501.09705", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 5})
+@method(
+    paper="arXiv:2501.09705", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 5},
+    published={"bound_pro": 50.0, "bound": 105.0, "penalty": "sqrt", "epochs": 100, "batch_size": 4},
+    place="code: scripts/*.sh, four tasks of 20 classes (the first task's weights)",
+    lacks="it stands in no committed table of a valid world",
+)  # fmt: skip
 def gs_lora(
     model: nn.Module, task: Task, split: Split, *, prototypes: bool = False, w_f: float = 0.015, w_r: float = 0.1, bound_pro: float = 0.0, bound: float = 0.0,
     beta: float = 0.3, alpha: float = 1e-4, penalty: str = "proximal", warmup: float = 0.2, layers: str = "", rank: int = 8, lora_alpha: float = 0.0,

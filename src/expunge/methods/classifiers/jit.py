@@ -52,7 +52,11 @@ def _cost(n, s) -> tuple[float, float]:
     return (1 + s["n"]) * seen, (1 if s["detach"] else 1 + s["n"]) * seen
 
 
-@method(paper="arXiv:2402.01401", tasks=("classification",), needs=("forget",), cost=_cost, toy={"lr": 0.02})
+@method(
+    paper="arXiv:2402.01401", tasks=("classification",), needs=("forget",), cost=_cost, toy={"lr": 0.02},
+    place="it has no card; the page names the settings of its code",
+    lacks="it has no card, and on digits it closes 0.42 of the gap and costs 10 points of test accuracy",
+)  # fmt: skip
 def jit(
     model: nn.Module, task: Task, split: Split, *, n: int = 25, sigma: float = 0.5, detach: bool = True, clip: bool = True, epochs: float = 1.0,
     lr: float = 0.02, momentum: float = 0.0, batch_size: int = 64, seed: int = 0,

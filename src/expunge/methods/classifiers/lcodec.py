@@ -102,6 +102,8 @@ def _cost(n, s) -> tuple[float, float]:
 @method(
     paper="arXiv:2204.07655", tasks=("classification",), needs=("forget", "retain"), forgets=("records",), cost=_cost,
     toy={"update": "cr", "lam": 0.5, "batch_size": 10, "copies": 60, "slices": 5},
+    published={"copies": 1000, "slices": 0, "epsilon": 0.1}, place="code: scrub_scripts/*.sh",
+    lacks="on digits it closes 0.40 of the gap (0.17 to 0.77) and costs 3.5 points of test accuracy",
 )  # fmt: skip
 def lcodec(
     model: nn.Module, task: Task, split: Split, *, update: str = "sekhari", hessian: str = "fisher", lam: float = 0.01, lr: float = 0.01, copies: int = 200,

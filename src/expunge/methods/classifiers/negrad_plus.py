@@ -38,8 +38,12 @@ def _cost(n, s) -> tuple[float, float]:
     return passes, passes
 
 
-@method(paper="arXiv:2302.09880", tasks=("classification", "regression"), needs=("forget", "retain"),
-    cost=_cost, toy={"epochs": 3.0, "lr": 0.01, "alpha": 0.8})  # fmt: skip
+@method(
+    paper="arXiv:2302.09880", tasks=("classification", "regression"), needs=("forget", "retain"),
+    cost=_cost, toy={"epochs": 3.0, "lr": 0.01, "alpha": 0.8},
+    published={"epochs": 10.0, "bound": 0.0, "lr": 0.01}, place="code: train_negrad of meghdadk/SCRUB",
+    lacks="it keeps and forgets in one of its four valid tables (a class of cifar10); for a class of digits it closes 0.16 to 0.76 of the gap by seed",
+)  # fmt: skip
 def negrad_plus(
     model: nn.Module,
     task: Task,

@@ -63,6 +63,9 @@ def _cost(n, s) -> tuple[float, float]:
     needs=("retain",),
     cost=_cost,
     toy={"rate": 0.95, "epochs": 4.0, "lr": 0.05},
+    published={"linear": False, "epochs": 10.0, "ascent_epochs": 5.0, "ascent_lr": 0.0001, "bound": 0.0, "lr": 0.01, "batch_size": 256},
+    place="code: OPTML-Group/Unlearn-Sparse; 95 % pruned in the paper",
+    lacks="it keeps and forgets in one of its four valid tables; on cifar10 it costs 17 to 21 points of retain accuracy",
 )
 def prune_unlearn(
     model: nn.Module, task: Task, split: Split, *, rate: float = 0.95, pruner: str = "omp", linear: bool = True, unlearner: str = "fine_tune",

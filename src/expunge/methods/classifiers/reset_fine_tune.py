@@ -60,6 +60,8 @@ def doubted(model: nn.Module, task: Task, split: Split, teacher: Tensor, share: 
     needs=("retain",),
     cost=lambda n, s: ((s["epochs"] + (s["distil"] > 0)) * n["retain"] + (s["distil"] > 0 and s["doubt"] > 0) * n["forget"], s["epochs"] * n["retain"]),
     toy={"epochs": 6.0, "shrink": 0.3, "noise": 0.1, "k": 1, "distil": 0.0, "lr": 0.05},
+    place="it has no card: the combination is this project's",
+    lacks="it has no card: the combination is this project's own; random records of cifar10 it forgets, classes it does not",
 )
 def reset_fine_tune(
     model: nn.Module,

@@ -52,7 +52,11 @@ def _cost(n, s) -> tuple[float, float]:
     return rounds + mask, rounds + mask
 
 
-@method(paper="arXiv:2310.12508", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 5, "lr": 0.1, "keep": 0.5})
+@method(
+    paper="arXiv:2310.12508", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 5, "lr": 0.1, "keep": 0.5},
+    published={"epochs": 10, "batch_size": 256}, place="code: README of OPTML-Group/Unlearn-Saliency, CIFAR-10 and ResNet-18",
+    stable=True,
+)  # fmt: skip
 def salun(
     model: nn.Module, task: Task, split: Split, *, keep: float = 0.5, soft: bool = False, order: str = "passes", other: bool = False, alpha: float = 1.0,
     epochs: int = 2, lr: float = 0.013, momentum: float = 0.9, weight_decay: float = 5e-4, batch_size: int = 64, buffers: str = "move", seed: int = 0,

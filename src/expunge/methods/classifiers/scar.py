@@ -173,7 +173,11 @@ def _cost(n, s) -> tuple[float, float]:
     return trained + n.get(source, 0) + 2 * n["anchor"] + (2 + s["epochs"]) * n["forget"] + probed, trained
 
 
-@method(paper="arXiv:2404.12922", tasks=("classification",), needs=("forget", "anchor"), cost=_cost, toy={"epochs": 10})
+@method(
+    paper="arXiv:2404.12922", tasks=("classification",), needs=("forget", "anchor"), cost=_cost, toy={"epochs": 10},
+    published={"batch_size": 1024, "buffers": "move"}, place="code: opts.py and README, CIFAR-10 and CIFAR-100",
+    lacks="it stands in no committed table of a valid world: it needs an anchor part, which these worlds have not",
+)  # fmt: skip
 def scar(
     model: nn.Module, task: Task, split: Split, *, lambda1: float = 1.0, lambda2: float = 5.0, temperature: float = 1.0, delta: float = 0.5,
     gamma1: float = 3.0, gamma2: float = 3.0, shrinks: int = 2, shared: bool = False, statistics: str = "auto", form: str = "auto",

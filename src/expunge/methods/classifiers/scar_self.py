@@ -51,7 +51,11 @@ def _cost(n, s) -> tuple[float, float]:
     return forward + n["anchor"], backward
 
 
-@method(paper="arXiv:2404.12922", tasks=("classification",), needs=("anchor",), forgets=("class",), cost=_cost, toy={"epochs": 10})
+@method(
+    paper="arXiv:2404.12922", tasks=("classification",), needs=("anchor",), forgets=("class",), cost=_cost, toy={"epochs": 10},
+    published={"batch_size": 1024, "buffers": "move"}, place="code: opts.py and README, CIFAR-10 and CIFAR-100",
+    lacks="it stands in no committed table of a valid world: it needs an anchor part, which these worlds have not",
+)  # fmt: skip
 def scar_self(
     model: nn.Module, task: Task, split: Split, *, lambda1: float = 1.0, lambda2: float = 5.0, temperature: float = 1.0, delta: float = 0.5,
     gamma1: float = 3.0, gamma2: float = 3.0, shrinks: int = 1, shared: bool = False, statistics: str = "auto", ratio: int = 6, epochs: int = 30,

@@ -52,8 +52,12 @@ def _cost(n, s) -> tuple[float, float]:
     return trained + n["forget"] + n["retain"] + rewound, trained
 
 
-@method(paper="arXiv:2302.09880", tasks=("classification",), needs=("forget", "retain"),
-    cost=_cost, toy={"epochs": 4, "msteps": 3, "lr": 0.02})  # fmt: skip
+@method(
+    paper="arXiv:2302.09880", tasks=("classification",), needs=("forget", "retain"),
+    cost=_cost, toy={"epochs": 4, "msteps": 3, "lr": 0.02},
+    published={"epochs": 3, "alpha": 0.001, "bound": 0.0, "lr": 0.0005, "batch_size": 128}, place="code: meghdadk/SCRUB, large scale (forget batches of 32)",
+    lacks="at its defaults it costs 57 points of retain accuracy for a class of mnist; at lr=0.01, a class of cifar10, it comes nearest to retraining",
+)  # fmt: skip
 def scrub(
     model: nn.Module,
     task: Task,

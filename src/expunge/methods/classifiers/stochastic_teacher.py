@@ -50,9 +50,13 @@ def _cost(n, s) -> tuple[float, float]:
     return trained + 2 * drawn * n["forget"] + (not s["labels"]) * n["retain"], trained
 
 
-@method(paper="arXiv:2308.14322", tasks=("classification",), needs=("forget", "retain"),
+@method(
+    paper="arXiv:2308.14322", tasks=("classification",), needs=("forget", "retain"),
     cost=_cost,
-    toy={"erase": 8.0, "lr_erase": 0.003, "rebuild": 1.0})  # fmt: skip
+    toy={"erase": 8.0, "lr_erase": 0.003, "rebuild": 1.0},
+    place="the card names no place: no code is public, and all settings are unverified",
+    lacks="on cifar10 it costs 22 to 42 points of retain accuracy, and its losses are a reading of the abstract",
+)  # fmt: skip
 def stochastic_teacher(
     model: nn.Module,
     task: Task,

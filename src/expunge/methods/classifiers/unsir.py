@@ -52,7 +52,11 @@ def _cost(n, s) -> tuple[float, float]:
     return s["steps"] * made + trained, s["steps"] * made + trained
 
 
-@method(paper="arXiv:2111.08947", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"impair_lr": 0.005, "repair": 3.0})
+@method(
+    paper="arXiv:2111.08947", tasks=("classification",), needs=("forget", "retain"), cost=_cost, toy={"impair_lr": 0.005, "repair": 3.0},
+    published={"impair_lr": 0.02, "repair_lr": 0.01, "repair": 1.0}, place="code: vikram2000b/Fast-Machine-Unlearning",
+    lacks="on digits it closes 0.47 of the gap and costs 7.5 points of retain accuracy",
+)  # fmt: skip
 def unsir(
     model: nn.Module,
     task: Task,

@@ -130,6 +130,9 @@ def _cost(n, s) -> tuple[float, float]:
 @method(
     paper="AAAI 2025", tasks=("diffusion",), needs=("forget", "anchor", "retain"), forgets=("class",), cost=_cost,
     toy={"steps": 120, "trajectories": 10},
+    published={"prior": "images", "warmup": 0.5, "steps": 2000, "batch_size": 8, "lr": 4.8e-05, "width": 64},
+    place="code: README and DoCo/gan.py, styles, one process",
+    stable=True,
 )  # fmt: skip
 def doco(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn-kv", surgery: str = "project", strength: float = 1.0, alpha: float = 0.1,

@@ -100,7 +100,11 @@ def _cost(n, s) -> tuple[float, float]:
     return mask + retain + forget * (2 if s["loss"] == "rl" else 1), mask + retain + forget
 
 
-@method(paper="arXiv:2310.12508", tasks=("diffusion",), needs=("forget", "retain"), forgets=("class",), cost=_cost, toy={"epochs": 2})
+@method(
+    paper="arXiv:2310.12508", tasks=("diffusion",), needs=("forget", "retain"), forgets=("class",), cost=_cost, toy={"epochs": 2},
+    published={"alpha": 3.072, "batch_size": 128, "lr": 0.0001}, place="code: README, DDPM on CIFAR-10 (alpha is 1e-3 on a sum over 3,072 elements)",
+    stable=True,
+)  # fmt: skip
 def salun_diffusion(
     model: nn.Module, task: Any, split: Split, *, part: str = "unet", keep: float = 0.5, measure: str = "sum", guidance: float = 8.5, loss: str = "rl",
     to: str = "anchor", frozen: bool = False, alpha: float = 3.0, epochs: int = 4, batch_size: int = 64, lr: float = 5e-4, clip: float = 1.0, seed: int = 0,

@@ -124,8 +124,10 @@ def _cost(n, s) -> tuple[float, float]:
 
 
 @method(
-    paper="arXiv:2409.11219", tasks=("diffusion",), needs=("forget", "retain"), forgets=("class",), cost=_cost, toy={"epochs": 1, "batch_size": 64, "lr": 2e-3}
-)
+    paper="arXiv:2409.11219", tasks=("diffusion",), needs=("forget", "retain"), forgets=("class",), cost=_cost, toy={"epochs": 1, "batch_size": 64, "lr": 2e-3},
+    published={"weight": 0.01, "guidance": 1.0, "ahead": 1, "batch_size": 128, "lr": 1e-05, "ema": 0.9999}, place="code: DDPM/configs, CIFAR-10",
+    lacks="it costs 9 points of the other styles on shapes, and on text2digit more passes than retraining",
+)  # fmt: skip
 def sfd(
     model: nn.Module, task: Any, split: Split, *, instead: str = "anchor", weight: float = 1.0, a: float = 1.2, guidance: float = 2.0, start: float = 2.5,
     low: float = 0.137, high: float = 13.1, ahead: int = 3, epochs: int = 4, batch_size: int = 32, lr: float = 1e-3, ema: float = 0.95, seed: int = 0,

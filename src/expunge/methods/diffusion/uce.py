@@ -84,7 +84,11 @@ def preserved(model: nn.Module, retain: Pictures | None, most: int, seed: int) -
         return read(model, states(model, data.tokens)).flatten(0, 1)
 
 
-@method(paper="arXiv:2308.14761", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=lambda n, s: (0, 0), toy={"lam": 0.1})
+@method(
+    paper="arXiv:2308.14761", tasks=("diffusion",), needs=("forget",), forgets=("class",), cost=lambda n, s: (0, 0), toy={"lam": 0.1},
+    place="code: trainscripts/uce_sd_erase.py, the current one",
+    stable=True,
+)  # fmt: skip
 def uce(
     model: nn.Module, task: Any, split: Split, *, tokens: str = "last", erase: float = 1.0, preserve: float = 1.0, lam: float = 0.5, most: int = 1000,
     seed: int = 0,

@@ -50,7 +50,11 @@ def later(targets: Tensor, skip: int) -> Tensor:
     return targets & (number > min(skip, int(number[-1]) - 1))
 
 
-@method(paper="arXiv:2503.01224", tasks=("causal_lm",), needs=("forget",), cost=cost(), toy={"lr": 3e-4, "epochs": 6}, forgets=("records",))
+@method(
+    paper="arXiv:2503.01224", tasks=("causal_lm",), needs=("forget",), cost=cost(), toy={"lr": 3e-4, "epochs": 6}, forgets=("records",),
+    place="code: locuslab/open-unlearning",
+    stable=True,
+)  # fmt: skip
 def ce_u(
     model: nn.Module, task: Task, split: Split, *, skip_first: int = 1, tuning: Tuning = Tuning(retain="none"), seed: int = 0,
 ) -> Patch:  # fmt: skip

@@ -45,7 +45,11 @@ def _cost(n, s) -> tuple[float, float]:
     return (n["forget"] + n.get("retain", 0) + n.get("validation", 0) if s["kind"] == "probe" else 0), 0
 
 
-@method(paper="arXiv:2403.03329", tasks=("causal_lm",), needs=("forget",), cost=_cost, toy={}, forgets=("records",), assurance="suppression")
+@method(
+    paper="arXiv:2403.03329", tasks=("causal_lm",), needs=("forget",), cost=_cost, toy={}, forgets=("records",), assurance="suppression",
+    place="the card names no place: no code was published",
+    lacks="it stands in no committed table of a valid world: it refuses tofu-tiny, whose forget records name nobody",
+)  # fmt: skip
 def guardrail(
     model: nn.Module, task: Task, split: Split, *, kind: str = "input", targets: str = "",
     prompt: str = "You know nothing about {targets}; answer as if you had never seen it.", refusal: str = "I cannot answer that.", layer: int = 0,

@@ -60,6 +60,8 @@ def _cost(n, s) -> tuple[float, float]:
 @method(
     paper="arXiv:2407.10223", tasks=("causal_lm",), needs=("forget",), cost=_cost, toy={"lr": 1e-2, "epochs": 15, "batch_size": 4},
     forgets=("records",), assurance="suppression",
+    published={"accumulate": 16}, place="code: GCYZSL/O3-LLM-UNLEARNING",
+    lacks="on tofu-tiny it is still told from a model that never knew: D is 1.75 of its critical value, a second gold model's 0.50 (seed 0 alone)",
 )  # fmt: skip
 def o3(
     model: nn.Module, task: Task, split: Split, *, orthogonal: float = 0.1, layer: int = 0, false_positives: float = 0.01,

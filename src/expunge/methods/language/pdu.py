@@ -52,6 +52,8 @@ def moved(dual: float, ce: float, *, eta: float, eps: float) -> float:
 
 @method(
     paper="arXiv:2506.05314", tasks=("causal_lm",), needs=("forget", "retain"), cost=cost(), toy={"lr": 1e-3, "epochs": 10, "hold": 1.0}, forgets=("records",),
+    place="code: locuslab/open-unlearning, TOFU (lambda_0 is 50 to 100)",
+    lacks="on tofu-tiny it over-forgets: forgotten answers become less likely than unseen ones (loss AUC 0.13), and D is 1.06 of its critical value",
 )  # fmt: skip
 def pdu(
     model: nn.Module, task: Task, split: Split, *, eps: float = 0.3, eta: float = 5.0, hold: float = 5.0, every: str = "step",

@@ -37,6 +37,8 @@ def reweighted(out: Out, *, b1: float, b2: float) -> Tensor:
 
 @method(
     paper="arXiv:2505.11953", tasks=("causal_lm",), needs=("forget",), cost=cost(), toy={"lr": 1e-3, "epochs": 20, "gamma": 1.0}, forgets=("records",),
+    place="code: locuslab/open-unlearning, the trainer's file (its class and README have gamma and alpha the other way round)",
+    lacks="on tofu-tiny it is still told from a model that never knew: D is 1.86 of its critical value, a second gold model's 0.50",
 )  # fmt: skip
 def satimp(
     model: nn.Module, task: Task, split: Split, *, b1: float = 5.0, b2: float = 1.0, tuning: Tuning = Tuning(gamma=0.1), seed: int = 0,

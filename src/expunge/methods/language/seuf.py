@@ -76,6 +76,9 @@ def _cost(n, s) -> tuple[float, float]:
     forgets=("records",),
     twin="moe",
     accepts=layers,
+    published={"accumulate": 4},
+    place="code: zhmzm/SEUF, GA (the anchor's form is the paper's)",
+    lacks="it stands in no committed table of a valid world: it needs a mixture of experts",
 )
 def seuf(
     model: nn.Module, task: Task, split: Split, *, loss: str = "ga", beta: float = 0.1, pin: float = 1.0, anchor: str = "sum",

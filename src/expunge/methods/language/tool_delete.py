@@ -88,6 +88,8 @@ def _asks(s) -> dict[str, str]:
 
 @method(
     paper="arXiv:2502.01083", tasks=("causal_lm",), needs=("forget",), cost=_cost, asks=_asks, toy={"lr": 1e-3, "epochs": 10}, forgets=("records",),
+    place="the card names no place: no code was found, and settings were not seen",
+    lacks="it stands in no committed table of a valid world: it needs demonstrations of tools",
 )  # fmt: skip
 def tool_delete(
     model: nn.Module, task: Task, split: Split, *, tool_free: str = "", new: int = 64, shift: float = 0.0, toward: str = "free", draw: int = 0,

@@ -79,7 +79,11 @@ def _cost(n, s) -> tuple[float, float]:
     return (2 if s["target"] in TARGETS[:2] else 1) * seen, seen
 
 
-@method(paper="ICLR 2024", tasks=("image_to_image",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 12.0})
+@method(
+    paper="ICLR 2024", tasks=("image_to_image",), needs=("forget", "retain"), cost=_cost, toy={"epochs": 12.0},
+    published={"alpha": 0.2}, place="code: README of the MAGE branch (alpha is 0 in its parser; lr is 1e-4 x batch / 256)",
+    lacks="on inpaint-digits a judge still recognises 65.5 % of the forgotten class, after retraining 19.7 %",
+)  # fmt: skip
 def i2i(
     model: nn.Module, task: Any, split: Split, *, target: str = "noise", noise: str = "gaussian", alpha: float = 0.25, beta: float = 1.0,
     part: str = "encoder.*", bound: float = 4.0, epochs: float = 6.0, batch_size: int = 32, lr: float = 1e-3, clip: float = 3.0, seed: int = 0,

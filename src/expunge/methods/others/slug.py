@@ -133,6 +133,8 @@ def _cost(n, s) -> tuple[float, float]:
 
 @method(
     paper="arXiv:2407.11867", tasks=("classification", "contrastive", "diffusion"), needs=("forget", "retain"), cost=_cost, toy={"drop": 0.1},
+    published={"batch_size": 16}, place="code: src/clip/unlearn/calc_grad.py and src/clip/unlearn_slug.py",
+    lacks="it forgets classes of digits and mnist, and fails on diffusion models (shapes, style: UA 2.22)",
 )  # fmt: skip
 def slug(
     model: nn.Module, task: Task, split: Split, *, evaluations: int = 10, layers: int = 2, drop: float = 0.05, sample: int = 1000, batch_size: int = 64,
