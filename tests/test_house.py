@@ -9,10 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import expunge
 from expunge.core import modality
-from expunge.core.errors import SettingError
+from expunge.core.errors import SettingError, SplitError
 from expunge.core.modality import MODALITIES, Later, Modality, Option, holding, named, of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.modalities.worlds import worlds
@@ -126,3 +127,16 @@ def test_a_modality_of_someone_else_is_found(monkeypatch):
     monkeypatch.setattr("expunge.cli.options.MODALITIES", registry)
     assert known() == {"pitch": [(mine, mine.options[0])]}
     assert modality.MODALITIES is MODALITIES and "sound" not in MODALITIES
+
+
+def test_inputs_may_have_names():
+    """Token ids and masks: taken, joined and told apart as rows of one tensor are."""
+    x = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.ones(4, 3, dtype=torch.long)}
+    data = expunge.Examples(x, torch.tensor([0, 1, 0, 1]), torch.arange(4))
+    assert len(data) == 4 and data.take([2]).x["input_ids"].tolist() == [[6, 7, 8]] and data[1][0]["input_ids"].tolist() == [3, 4, 5]
+    assert data.take([0, 1]).joined(data.take([2, 3])).keys == data.keys and len(set(data.keys)) == 4
+    other = expunge.Examples({**x, "attention_mask": x["attention_mask"] * 0}, data.y, data.ids)
+    assert not set(other.keys) & set(data.keys) and "'input_ids': (3,)" in repr(data)
+    assert data.fault == "" and expunge.Examples({"x": torch.tensor([[torch.nan]])}, data.y[:1], data.ids[:1]).fault
+    with pytest.raises(SplitError, match="found 3 and 4, 4 and 4"):
+        expunge.Examples({**x, "attention_mask": torch.ones(3, 3)}, data.y, data.ids)

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from expunge.core import guard
 from expunge.core.edits import bits
 from expunge.core.errors import Diverged, ScopeError
 from expunge.core.patch import Patch, difference
-from expunge.core.types import Scope
+from expunge.core.types import Scope, each
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -170,7 +171,8 @@ def recompute(model: nn.Module, batches) -> None:
     with torch.no_grad():
         for batch in batches:
             parameter = next(model.parameters())
-            model(batch["x"].to(parameter.device, parameter.dtype))
+            x = each(lambda t: t.to(parameter.device, parameter.dtype if t.is_floating_point() else t.dtype), batch["x"])  # noqa: B023
+            model(**x) if isinstance(x, Mapping) else model(x)
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     for module, mode in modes:
@@ -188,8 +190,8 @@ class Bound(nn.Module):
     def parameters(self, recurse: bool = True):
         return self.inner[0].parameters(recurse)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional_call(self.inner[0], self.tensors, (x,))
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return functional_call(self.inner[0], self.tensors, args, options)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ BUFFERS = ("move", "freeze", "recompute")
 
 
 class Records(Protocol):
-    """Rows held in memory: inputs x (N, ...), targets y (N,) or (N, K), ids (N,); one key per row, equal for equal rows, and a digest of all."""
+    """Rows held in memory: inputs x (N, ...) or a mapping of such, targets y (N,) or (N, K), ids (N,); one key per row, equal for equal rows, and a digest of
+    all."""
 
     x: Any
     y: Any
@@ -41,6 +42,15 @@ class Records(Protocol):
     def keys(self) -> list[bytes]: ...
     @property
     def digest(self) -> str: ...
+
+
+def each(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`function` of a tensor, or of every tensor of a mapping, as inputs of records may be.
+
+    >>> each(len, {"input_ids": torch.zeros(2, 3), "attention_mask": torch.ones(2, 3)})
+    {'input_ids': 2, 'attention_mask': 2}
+    """
+    return {name: function(t) for name, t in x.items()} if isinstance(x, Mapping) else function(x)
 
 
 def held(data: Any) -> bool:

@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 from expunge.core import guard
 from expunge.core.session import Bound
-from expunge.core.types import Out, Task
+from expunge.core.types import Out, Task, each
 
 CHUNK = 64
 """Per-example gradients held at once."""
@@ -79,7 +79,7 @@ def rows(model: nn.Module, task: Task, data) -> Tensor:
 
 def _each(function: Callable, params: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
     """function(params, batch of one) for every example of the batch, stacked."""
-    return vmap(lambda x, y, i: function(params, {"x": x[None], "y": y[None], "i": i[None]}))(batch["x"], batch["y"], batch["i"])
+    return vmap(lambda x, y, i: function(params, {"x": each(lambda t: t[None], x), "y": y[None], "i": i[None]}))(batch["x"], batch["y"], batch["i"])
 
 
 def _bound(model: nn.Module, task: Task, loss: Callable[[Out], Tensor] | None = None) -> tuple[dict[str, Tensor], Callable]:
