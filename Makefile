@@ -8,7 +8,7 @@ DIGEST := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(DIGEST)
 DOCS_STAMP := $(VENV)/.docs-$(DIGEST)
 export OMP_NUM_THREADS ?= 1
-PY := src tests benchmarks docs/build.py
+PY := src tests benchmarks docs/build.py docs/house.py
 
 .PHONY: demo demo-llm demo-images test test-slow check format docs docs-write bench wheel clean env
 
@@ -36,8 +36,9 @@ demo-llm: $(STAMP)
 demo-images: $(STAMP)
 	$(BIN)/expunge demo-images
 
+# make test METHOD=npo: the laws of one method, its manual's examples and the tests that name it
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q $(if $(METHOD),--method $(METHOD))
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q -m slow
@@ -46,6 +47,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check $(PY)
 	$(BIN)/ruff check $(PY)
 	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/build.py --check
 
 format: $(STAMP)

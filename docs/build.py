@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import house
+
 from expunge.core.registry import CHECKS, METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +205,7 @@ def pages() -> dict[Path, str]:
     out[DOCS / "papers.md"] = papers_page()
     out[DOCS / "checks.md"] = checks_page()
     out[DOCS / "cli.md"] = cli_page()
+    out[DOCS / "architecture.svg"] = house.picture()
     out[ROOT / "README.md"] = between((ROOT / "README.md").read_text(), "methods", method_table("docs/methods/"))
     return out
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,33 @@ torch.set_num_threads(1)
 MINE = "EXPUNGE_TESTS" not in os.environ
 if MINE:  # the first process of a run: those that it starts find the variable
     os.environ["EXPUNGE_TESTS"] = tempfile.mkdtemp(prefix="expunge-tests-")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--method", default="", help="only the laws of this method, the examples of its manual and the tests that name it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --method NAME: tests that have it among their parameters, that name it in their text, and its file's own examples."""
+    name = config.getoption("--method")
+    if not name:
+        return
+    from expunge.core.registry import METHODS
+
+    said = re.compile(rf"""[\"']{name}[\"']|\b{name}\.|import .*\b{name}\b""")
+    own = Path(inspect.getfile(inspect.unwrap(METHODS[name].function)))
+
+    def about(item: pytest.Item) -> bool:
+        if (given := getattr(item, "callspec", None)) is not None and any(v == name or (isinstance(v, tuple) and name in v) for v in given.params.values()):
+            return True
+        if given is not None and set(given.params.values() if all(isinstance(v, str) for v in given.params.values()) else ()) & set(METHODS):
+            return False  # a law of another method
+        function = getattr(item, "function", None)
+        return item.path == own or (function is not None and bool(said.search(inspect.getsource(function))))
+
+    kept = [item for item in items if about(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 def pytest_sessionfinish() -> None:

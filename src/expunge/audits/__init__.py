@@ -1,0 +1,1 @@
+"""What is measured: checks, the gate that reads them, the verdict."""

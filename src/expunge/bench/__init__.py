@@ -1,0 +1,1 @@
+"""Methods and audits compared on worlds."""

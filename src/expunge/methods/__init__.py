@@ -1,0 +1,1 @@
+"""One file per paper, by kind of model."""

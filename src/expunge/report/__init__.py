@@ -1,0 +1,1 @@
+"""A verdict as page, table and pictures."""
