@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import house
-
 from expunge.core.registry import CHECKS, METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+import house  # noqa: E402
+
 HEADINGS = ("Paper", "Forgets", "Needs", "Scope", "Forget", "Retain", "Update", "Leaves", "Settings", "Differs", "Check")
 """What every method's manual must say. `Code` is there when code was published."""
 NOTE = "<!-- written by docs/build.py; edit the source instead -->\n\n"

@@ -140,3 +140,12 @@ def test_inputs_may_have_names():
     assert data.fault == "" and expunge.Examples({"x": torch.tensor([[torch.nan]])}, data.y[:1], data.ids[:1]).fault
     with pytest.raises(SplitError, match="found 3 and 4, 4 and 4"):
         expunge.Examples({**x, "attention_mask": torch.ones(3, 3)}, data.y, data.ids)
+
+
+def test_the_list_of_commands_says_what_they_say():
+    """`expunge --help` imports no command: its lines are the first paragraphs of their help."""
+    from expunge.cli.app import COMMANDS
+
+    for name, (file, about) in COMMANDS.items():
+        command = getattr(importlib.import_module(f"expunge.cli.{file}"), name.replace("-", "_"))
+        assert " ".join((command.__doc__ or "").split("\n\n")[0].split()) == about

@@ -15,6 +15,7 @@ from conftest import make_net
 from torch import nn
 
 from expunge.cli import app as cli
+from expunge.cli import catalogue
 from expunge.cli import forget as flags
 from expunge.core.errors import SettingError
 from expunge.core.registry import METHODS, Method
@@ -242,10 +243,10 @@ def test_a_patch_and_a_document_name_it(task, split):
 
 
 def test_the_list_of_methods_marks_them(capsys):
-    cli.methods()
+    catalogue.methods()
     lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
     assert lines == {m: "stable" if METHODS[m].stable else "experimental" for m in METHODS}
-    cli.methods(as_json=True)
+    catalogue.methods(as_json=True)
     assert {m["name"]: m["stable"] for m in json.loads(capsys.readouterr().out)} == {m: METHODS[m].stable for m in METHODS}
 
 

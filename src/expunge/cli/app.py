@@ -1,31 +1,64 @@
-"""The command line. Exit code 0: passed; 1: the gate refused; 2: bad input. Nothing heavy is imported before a command runs."""
+"""The command line. Exit code 0: passed; 1: the gate refused; 2: bad input. A command is imported when it is called, and nothing heavy before it runs."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import typer
 
-from expunge.cli.audit import audit, select
-from expunge.cli.catalogue import bench, methods
-from expunge.cli.demo import demo, demo_images, demo_llm
-from expunge.cli.forget import forget, run
-from expunge.cli.patch import apply, inspect, revert
-from expunge.cli.plan import plan
+COMMANDS = {
+    "demo": ("demo", "Forget a class and 10 % of the records of real digits, audited against retraining. Takes one to two minutes."),
+    "demo-llm": ("demo", "Teach a small language model invented authors, forget two of them, keep the rest, prove it. Takes two to three minutes."),
+    "demo-images": (
+        "demo",
+        "Teach a small diffusion model to draw shapes in four styles, erase one style, keep the rest, prove it. Takes some six minutes, a second run two.",
+    ),
+    "plan": (
+        "plan",
+        "Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3",
+    ),
+    "forget": ("forget", "Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3)."),
+    "run": ("forget", "Carry out a recipe file. Example: expunge run recipes/digits-class.toml"),
+    "audit": ("audit", "Audit a patch, or weights from any other tool, against the model before and retrained references."),
+    "select": ("audit", "Choose a forget set to audit on: the records that are hardest (or easiest) to forget, or that membership shows in most."),
+    "apply": ("patch", "Write the weights with the patch applied, and OUT's inverse patch beside it (NAME.undo.safetensors), which restores every bit."),
+    "revert": ("patch", "Apply an inverse patch: the weights before, bit for bit."),
+    "inspect": ("patch", "Show what a patch file holds, after checking its digest (and signature)."),
+    "methods": ("catalogue", "List all methods, or show one's manual page with its settings. Example: expunge methods salun"),
+    "bench": (
+        "catalogue",
+        "Compare methods on a world (digits, cifar10, tofu-tiny, shapes, ...); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped.",
+    ),
+}
+"""Command -> file of this room, and the first paragraph of its help, which the list of commands shows without importing it."""
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
-    rich_markup_mode=None,
-)  # fmt: skip
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-app.command()(demo)
-app.command("demo-llm")(demo_llm)
-app.command("demo-images")(demo_images)
-app.command()(plan)
-app.command(context_settings=FREE)(forget)
-for command in (run, audit, select, apply, revert, inspect, methods, bench):
-    app.command()(command)
+
+def application(called: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The command line with the commands that are called; the others stand there by name and first lines alone."""
+    called = set(called)
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
+        rich_markup_mode=None,
+    )  # fmt: skip
+    for name, (file, about) in COMMANDS.items():
+        if name in called:
+            command = getattr(importlib.import_module(f"expunge.cli.{file}"), name.replace("-", "_"))
+            app.command(name, context_settings=FREE if name == "forget" else None)(command)
+        else:
+            app.command(name, help=about)(lambda: None)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, the whole command line."""
+    if name != "app":
+        raise AttributeError(f"module 'expunge.cli.app' has no attribute '{name}'")
+    return application()
 
 
 def main() -> None:
@@ -33,7 +66,7 @@ def main() -> None:
     from expunge.core.errors import ExpungeError
 
     try:
-        app()
+        application(sys.argv[1:2])()
     except ExpungeError as error:
         print(f"expunge: {error}", file=sys.stderr)
         sys.exit(2)
