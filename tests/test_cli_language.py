@@ -449,7 +449,7 @@ def test_bad_input_is_one_line_and_writes_nothing(world, words, message):
 
 def test_every_setting_can_be_given_though_an_option_has_its_name(world, tmp_path):
     """`--retain` names a file; npo's own `retain` is `--npo.retain`. The same holds wherever an option of the command hides a setting."""
-    options = set(inspect.signature(cli.forget).parameters)
+    options = set(inspect.signature(flags.forget).parameters)
     hidden = [(m.name, s) for m in METHODS.values() for s in m.defaults if s in options]
     assert ("npo", "retain") in hidden and ("influence", "form") in hidden
     for name, setting in hidden:

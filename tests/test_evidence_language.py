@@ -12,6 +12,7 @@ from worlds import once, small, toy
 
 from expunge.audits import drop, named
 from expunge.audits.core import Probe, Row, audit
+from expunge.core.modality import MODALITIES
 from expunge.core.types import Split
 from expunge.modalities.language.worlds import build as language
 from expunge.modalities.language.worlds.authors import authors
@@ -59,7 +60,7 @@ def test_what_no_row_measures_on_a_task_says_so():
 
 def test_each_statement_has_one_form_for_each_task():
     for task in ("classification", "regression", "causal_lm", "diffusion"):
-        ids = [r.id for r in named.RULES if r.made_for(task)]
+        ids = [r.id for r in named.RULES if r.made_for(MODALITIES[task].task())]
         assert len(ids) == len(set(ids)) and {"A1", "A3", "A4", "A8", "B2", "B3", "B4", "C1", "C5", "C7"} <= set(ids)
 
 

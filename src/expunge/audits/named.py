@@ -16,9 +16,10 @@ from scipy.stats import norm
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.verdict import checks_for
+from expunge.core.modality import of
 from expunge.core.registry import CHECKS
 from expunge.core.stats import Z
-from expunge.core.types import held
+from expunge.core.types import Task, held
 
 ALPHA = 0.05
 ORDER = ("FAIL", "UNKNOWN", "PASS")
@@ -39,15 +40,13 @@ class Named:
     row: str = ""
 
 
-WORDS = {"classification": "classifiers", "regression": "regressors", "causal_lm": "language models"}
-
-
 @dataclass(frozen=True)
 class Rule:
     """A statement about rows: each must lie in low..high.
 
     models   retrained references that the rows need            parts   of the split, beside those that the rows' check needs
-    missing  what else the rows need                            texts   True: the form for texts alone, False: for all but texts
+    missing  what else the rows need                            alone   True: the form for modalities whose kept data is read alone (`Modality.alone`), as
+             texts are; False: for the others
     """
 
     id: str
@@ -58,29 +57,29 @@ class Rule:
     models: int = 1
     parts: tuple[str, ...] = ()
     missing: str = ""
-    texts: bool | None = None
+    alone: bool | None = None
 
-    def made_for(self, task: str) -> bool:
+    def made_for(self, task: Task) -> bool:
         """Whether this is the form of the statement for that task."""
-        return self.texts is None or self.texts == (task == "causal_lm")
+        return self.alone is None or self.alone == of(task).alone
 
 
 RULES = (
     Rule("A1", "forgotten records behave as if never trained on", ("gap_closed.klom",), 0.5, math.inf, 2),
-    Rule("A2", "forgotten texts are not said word for word", ("memorised.extraction_strength.excess",), -math.inf, 0.1, texts=True),
+    Rule("A2", "forgotten texts are not said word for word", ("memorised.extraction_strength.excess",), -math.inf, 0.1, alone=True),
     Rule("A3", "membership of forgotten records is hidden, both ways", ("lira.excess", "membership.excess"), -0.05, 0.05),
     Rule("A4", "what is gone is gone on unseen records of the class", ("accuracy.forget_test",), -math.inf, 0.1, 0, ("retain", "test"),
          "needs a removed class", False),
     Rule("A4", "what is gone is gone however it is asked for", ("probes.excess", "knowundo.rephrased.excess"), -math.inf, 0.1,
-         missing="needs a paraphrased_question in every forgotten record, or author, fact and cloze", texts=True),
+         missing="needs a paraphrased_question in every forgotten record, or author, fact and cloze", alone=True),
     Rule("A8", "inner layers hold no more than those of retrained models", ("probe.excess",), -math.inf, 0.05,
          missing="needs 8 forgotten and 8 unseen records of their labels, or of a removed class and of the others"),
     Rule("B2", "training on kept records does not bring it back", ("restore.retain",), -math.inf, 0.1),
     Rule("B3", "relearning one half does not bring the other back", ("relearning.area",), -math.inf, 0.1, missing="needs at least 4 forgotten records"),
     Rule("B4", "rounding, pruning and averaging do not bring it back", ("restore.int8", "restore.int4", "restore.prune", "restore.average"), -math.inf, 0.1),
-    Rule("C1", "test accuracy is kept", ("drop.test",), -math.inf, 0.03, 0, ("retain", "test"), texts=False),
-    Rule("C1", "kept texts are known as before", ("drop.retain", "drop.general"), -math.inf, 0.05, 0, ("retain",), texts=True),
-    Rule("C4", "kept questions are still answered", ("wording.retain.lost", "wording.retain.broken"), -math.inf, 0.1, 0, ("retain",), texts=True),
+    Rule("C1", "test accuracy is kept", ("drop.test",), -math.inf, 0.03, 0, ("retain", "test"), alone=False),
+    Rule("C1", "kept texts are known as before", ("drop.retain", "drop.general"), -math.inf, 0.05, 0, ("retain",), alone=True),
+    Rule("C4", "kept questions are still answered", ("wording.retain.lost", "wording.retain.broken"), -math.inf, 0.1, 0, ("retain",), alone=True),
     Rule("C5", "no group loses much more than the mean", ("drop.worst",), -math.inf, 0.1, 0, ("retain", "test"), "needs classes: targets have none", False),
     Rule("C5", "no group loses much more than the mean", ("drop.worst",), -math.inf, 0.1, 0, ("retain",),
          "needs records that say their author, subject or set: a group is 5 that agree in one", True),
@@ -139,7 +138,7 @@ def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) 
     by_name = {r.name: r for r in rows}
     found = []
     for section in "ABC":
-        rules = [r for r in RULES if r.id[0] == section and r.made_for(p.task.name)]
+        rules = [r for r in RULES if r.id[0] == section and r.made_for(p.task)]
         read_all = [read(r, by_name) for r in rules]
         rejected = holm([p_ for _, p_ in read_all])
         found += [_judged(p, rule, by_name, row, p_, out) for rule, (row, p_), out in zip(rules, read_all, rejected, strict=True)]
@@ -162,7 +161,7 @@ def lacking(p: Probe, rule: Rule, rows: Mapping[str, Row]) -> str:
     """Why an audit with these rows has none of the rule's, by what the check of the last of them (the least demanding) needs."""
     check = CHECKS[checks_for(rule.rows[-1:])[0]]
     if not check.suits(p.task):
-        return f"nothing measures this on {WORDS.get(p.task.name, p.task.name)}"
+        return f"nothing measures this on {of(p.task).what}"
     have = p.split.parts()
     parts = [name for name in dict.fromkeys((*check.needs, *rule.parts)) if name not in have]
     models = max(rule.models, int(check.reference))
