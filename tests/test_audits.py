@@ -51,6 +51,11 @@ def test_matched_non_members_follow_the_forget_set():
     assert str(len(rows)) in note
 
 
+def test_non_members_for_several_targets_are_drawn_by_the_first_without_a_warning():
+    several = torch.tensor([[0.0, 5.0], [1.0, 6.0], [1.0, 7.0]])
+    assert torch.equal(stats.matched(several, several, 0)[0], stats.matched(several[:, 0].clone(), several[:, 0].clone(), 0)[0])
+
+
 def test_klom_of_a_further_model_is_the_floor():
     """Gaussian margins: a further draw reads what leave-one-out reads; a shift of three deviations reads far more."""
     g = torch.Generator().manual_seed(0)

@@ -87,7 +87,7 @@ def test_a_modality_is_whole(name):
     """Its functions are there and stand in its own folder or in what several share; its options have a type and say something; its worlds are its own."""
     m = MODALITIES[name]
     folder = f"expunge.modalities.{importlib.import_module(m.task.found.__module__).__name__.split('.')[2]}."
-    shared = ("expunge.modalities.records", "expunge.modalities.files.requests", "expunge.modalities.examples")
+    shared = ("expunge.modalities.records", "expunge.modalities.files.requests", "expunge.modalities.examples", "expunge.modalities.classification.rules")
     for f in fields(Modality):
         value = getattr(m, f.name)
         for it in (value, getattr(value, "func", None), *(vars(value).values() if f.name == "search" else ())):
@@ -112,7 +112,10 @@ def test_a_folder_or_factory_is_told_by_its_modality(tmp_path):
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     (tmp_path / "model").mkdir()
-    assert [holding(str(p)).name for p in (tmp_path / "pipe", tmp_path / "model", "py:models:factory")] == ["diffusion", "causal_lm", "classification"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    asked = (tmp_path / "pipe", tmp_path / "model", tmp_path / "texts", "py:models:factory")
+    assert [holding(str(p)).name for p in asked] == ["diffusion", "causal_lm", "text_classification", "classification"]
 
 
 def test_a_modality_of_someone_else_is_found(monkeypatch):

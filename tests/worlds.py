@@ -23,6 +23,7 @@ from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.worlds import authors, tiny
 from expunge.modalities.language.worlds import build as language
 from expunge.modalities.worlds import World, world
+from expunge.parts.reading import outputs
 
 
 def noise(n: int, scale: float = 1.0) -> Examples:
@@ -174,7 +175,61 @@ def holes() -> World:
     return world("inpaint-digits")
 
 
+@functools.lru_cache
+def small_topics() -> tuple[nn.Module, Task, Split]:
+    """A few sentences of each part, and an untrained BERT of width 32 whose answers differ from text to text; anchors are sentences of other words."""
+    w = world("topics")
+    split = w.split("class")
+    cut = {name: getattr(split, name).take(range(n)) for name, n in {"forget": 16, "retain": 64, "test": 32, "validation": 32}.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = w.build()
+    anchor = gibberish(w, 96)
+    with torch.no_grad():
+        model.classifier.weight.mul_(4)
+        model.classifier.bias.sub_(outputs(model, w.task, anchor).quantile(0.8, 0))
+    return model.eval(), w.task, replace(split, **cut, anchor=anchor)
+
+
+@functools.lru_cache
+def topic_reader() -> tuple[nn.Module, Task, Split]:
+    """A BERT that knows the topics of sentences: trained for some four seconds. One topic must go."""
+    w = world("topics")
+    w = replace(w, recipe={**w.recipe, "epochs": 15}, build=functools.partial(w.build, width=32, dropout=0.0))
+    return once(w, "original", lambda cache: w.original(0, cache)), w.task, replace(w.split("class"), anchor=gibberish(w, 400))
+
+
+def gibberish(w: World, n: int) -> Examples:
+    """n texts of words drawn at random, anchors out of distribution, as wide as those of the world; labels say nothing."""
+    g = torch.Generator().manual_seed(3)
+    x = {name: t[:n].clone() for name, t in w.train.x.items()}
+    words = torch.randint(4, int(w.train.x["input_ids"].max()) + 1, x["input_ids"].shape, generator=g)
+    x["input_ids"] = torch.where(x["input_ids"] > 3, words, x["input_ids"])
+    return Examples(x, torch.zeros(n, dtype=torch.long), 10_000 + torch.arange(n))
+
+
+@functools.lru_cache
+def small_answers() -> tuple[nn.Module, Task, Split]:
+    """A few digits of each part, and an untrained CNN that gives five answers."""
+    w = world("digits-multi")
+    split = w.split("random")
+    cut = {name: getattr(split, name).take(range(n)) for name, n in {"forget": 16, "retain": 64, "test": 32, "validation": 32}.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = w.build()
+    return model.eval(), w.task, replace(split, **cut)
+
+
+@functools.lru_cache
+def answerer() -> tuple[nn.Module, Task, Split]:
+    """A CNN that knows five answers to a thousand digits by heart: trained for some three seconds. All threes must go."""
+    w = world("digits-multi")
+    return original(w.name), w.task, w.split("digit")
+
+
 OTHERS: dict[str, tuple[Callable, Callable]] = {
+    "text_classification": (small_topics, topic_reader),
+    "multilabel": (small_answers, answerer),
     "diffusion": (small_pictures, digit_painter),
     "gan": (small_gan, digit_forger),
     "contrastive": (small_clip, digit_matcher),

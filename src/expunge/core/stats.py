@@ -87,7 +87,7 @@ def matched(forget: Tensor, test: Tensor, seed: int) -> tuple[Tensor, str]:
     """
     generator = torch.Generator().manual_seed(seed)
     if forget.is_floating_point():
-        flat, other = forget.reshape(len(forget), -1)[:, 0], test.reshape(len(test), -1)[:, 0]
+        flat, other = (t.reshape(len(t), -1)[:, 0].contiguous() for t in (forget, test))
         edges = flat.quantile(torch.linspace(0, 1, 11, dtype=flat.dtype))[1:-1].unique().contiguous()
         inside = (other >= flat.min()) & (other <= flat.max())
         a, b, what = torch.bucketize(flat, edges), torch.where(inside, torch.bucketize(other, edges), -1), "target quantile bins"

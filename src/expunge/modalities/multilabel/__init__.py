@@ -1,0 +1,1 @@
+"""Multi-label classifiers: several yes-or-no answers per record."""

@@ -1,0 +1,1 @@
+"""Text classifiers of transformers: one class per text."""

@@ -1,0 +1,185 @@
+"""Text classifiers in folders: what `save_pretrained` wrote comes in, and what plain transformers loads goes out.
+
+Weights are read from safetensors alone, no code of the folder is run, nothing is looked up on a network, and no weight is drawn: a folder without a trained
+head is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.core.errors import ModelError, SettingError
+from expunge.core.patch import Patch
+
+KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `dtype` may be."""
+
+ENDING, MOST = "ForSequenceClassification", 512
+"""How the architecture of a text classifier ends, and the most tokens of a text where nobody says how many."""
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def needed() -> None:
+    """Raises ModelError when transformers is missing."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"text classifiers need {error.name}: pip install 'expunge[text]'") from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what transformers says and shows on standard error: what matters of it is raised."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def configured(folder: Path | str) -> dict[str, Any]:
+    """The folder's config.json. Raises ModelError where there is none, or none of a text classifier."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"no folder {folder.name}; name one that save_pretrained wrote")
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read config.json of {folder.name}: {error}") from None
+    kinds = found.get("architectures") or ["nothing that its configuration names"] if isinstance(found, dict) else ["no model"]
+    if not any(str(kind).endswith(ENDING) for kind in kinds):
+        raise ModelError(f"{folder.name} holds {kinds[0]}, no text classifier: its head would be drawn at random; fine-tune it as one ({ENDING}) first")
+    return found
+
+
+def classes(folder: Path | str) -> dict[str, int]:
+    """Name -> number of the classes, from the folder's configuration alone; LABEL_0 and LABEL_1 where it names none, as transformers has it."""
+    found = configured(folder)
+    named = {str(name): int(number) for number, name in (found.get("id2label") or {}).items()}
+    return named or {str(k): int(v) for k, v in (found.get("label2id") or {"LABEL_0": 0, "LABEL_1": 1}).items()}
+
+
+def load(folder: Path | str, *, dtype: str = "auto") -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer) of a folder. `dtype`: auto (as stored), float32 or bfloat16.
+
+    Raises ModelError for a folder that holds no text classifier, pickled weights, weights that lack some of the model's (its head, say) or have others, that
+    are not finite, a model of one number or of several labels per text, or no tokenizer.
+    """
+    needed()
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = Path(folder)
+    if dtype not in KINDS:
+        raise ModelError(f"dtype must be one of {', '.join(KINDS)}, not '{dtype}'")
+    configured(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder.name} holds no safetensors weights (pickles can run code and are not read): save it with save_pretrained")
+    try:
+        with _quietly():
+            found: Any = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], output_loading_info=True, **LOCAL)
+            model, info = found
+            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+            for how in ("is_local", "local_files_only", "trust_remote_code"):  # else they are saved with it
+                tokenizer.init_kwargs.pop(how, None)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"cannot load {folder.name}: {_first(error)}") from None
+    for what, why in (("missing", "would be drawn at random; it is no trained text classifier"), ("unexpected", "has no place in the model")):
+        if names := sorted(info[f"{what}_keys"]):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"the weights of {folder.name} do not fit its model: {names[0]}{more} {why}")
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ModelError(f"{folder.name} holds values of {name} that are not finite")
+    if model.config.num_labels < 2 or model.config.problem_type in ("regression", "multi_label_classification"):
+        kind = model.config.problem_type or "one output"
+        raise ModelError(f"{folder.name} gives {kind}, no one class per text; this task is for models with a class per text")
+    if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder.name} has no padding token; set pad_token and config.pad_token_id, and save it again")
+    return model.eval(), tokenizer
+
+
+def _first(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def skeleton(folder: Path | str) -> nn.Module:
+    """The model of a folder without its weights, on the meta device: names and shapes, for what can be told from them alone."""
+    needed()
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    configured(folder)
+    try:
+        with torch.device("meta"), _quietly():
+            return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, **LOCAL), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot read the configuration of {Path(folder).name}: {_first(error)}") from None
+
+
+def limit(model: nn.Module, tokenizer: Any, wanted: int = 0) -> int:
+    """Tokens that a text is cut to: `wanted`, or for 0 as many as model and tokenizer take, at most MOST. Raises SettingError for more than they take."""
+    config: Any = model.config
+    most = min(int(getattr(config, "max_position_embeddings", 0) or MOST), int(min(getattr(tokenizer, "model_max_length", MOST) or MOST, 1 << 30)))
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from behind the padding
+    if wanted < 0 or wanted > most:
+        raise SettingError(f"max_length must be 0 (the model's own limit) to {most}, which the model takes, not {wanted}")
+    return wanted or min(most, MOST)
+
+
+def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, undo: Path | None = None, key: bytes | None = None) -> Path:
+    """Write the model with the patch in its weights, and its tokenizer, to the folder `out`, and return it.
+
+    undo   file for the inverse patch (signed with `key`), which takes the folder back to the weights of `model`, bit for bit
+    Raises PatchError for a patch that was made for another model, ModelError where the folder cannot be written.
+    """
+    twin = copy.deepcopy(model)
+    inverse = patch.apply(twin)
+    written = save(twin, tokenizer, out)
+    if undo is not None:
+        inverse.save(undo, key)
+    return written
+
+
+def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
+    """Write model and tokenizer as a folder that transformers loads, whole or not at all. A folder of that name is replaced if it holds the same files;
+    one that holds anything else is left alone (ModelError)."""
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
+            made, old = Path(place) / "made", Path(place) / "old"
+            with _quietly():
+                model.save_pretrained(made)  # pyright: ignore
+                tokenizer.save_pretrained(made)
+            if out.exists():
+                if foreign := sorted({p.name for p in out.iterdir()} - {p.name for p in made.iterdir()}):
+                    raise ModelError(f"{out.name} holds {foreign[0]}, which is no part of a model: name a folder that is not there, as --out {out.name}/model")
+                out.rename(old)
+            made.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    return out
