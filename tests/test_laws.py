@@ -26,18 +26,25 @@ COSTLY = {
     "forgets": (
         "sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf", "adapt_then_unlearn", "adversarial_target", "concept_ablation",
         "altpo", "spm", "slug", "ebyd-text_classification", "amnesiac-text_classification", "metaunlearn-text_classification", "laf-text_classification",
-        "gs_lora-text_classification", "scar-text_classification", "scar_self-text_classification", "kga-text_classification", "fine_tune-multilabel",
+        "gs_lora-text_classification", "scar-text_classification", "scar_self-text_classification", "kga-text_classification", "retrain-text_classification",
+        "reset_fine_tune-text_classification", "duck-text_classification", "l1_sparse-text_classification", "prune_unlearn-text_classification",
+        "stochastic_teacher-text_classification", "scrub-text_classification", "negrad_plus-text_classification", "fine_tune-multilabel",
     ),
     "patches": ("ebyd-text_classification", "kga-text_classification"),
-    "cost": ("ebyd-text_classification",),
+    "cost": ("ebyd-text_classification", "kga-text_classification"),
     "smallest": ("slug", "spm", "metaunlearn", "ebyd-text_classification", "kga-text_classification"),
     "types": (
-        "ebyd-text_classification", "kga-text_classification", "sfd", "salun_diffusion", "altpo", "slug", "adapt_then_unlearn", "all_but_one", "advunlearn"),
-    "resume": ("sfd", "salun_diffusion", "kga", "slug", "ebyd", "mace", "laf", "altpo", "scar_self"),
+        "sfd", "salun_diffusion", "altpo", "slug", "adapt_then_unlearn", "all_but_one", "advunlearn", "ebyd-text_classification", "kga-text_classification",
+    ),
+    "resume": (
+        "sfd", "salun_diffusion", "kga", "slug", "ebyd", "mace", "laf", "altpo", "scar_self", "scar-text_classification", "metaunlearn-text_classification",
+        "gs_lora-text_classification",
+    ),
 }  # fmt: skip
 """Law -> methods, or method-task, that take seconds for it: `make test-slow` has them."""
 TOYS = {
     ("fisher_forgetting", "text_classification"): {"alpha": 1e-4},
+    ("ssd", "text_classification"): {"alpha": 2.0, "lam": 0.1},
     ("gradient_ascent", "multilabel"): {"epochs": 5, "lr": 0.5},
     ("influence", "multilabel"): {"scale": 300.0, "damp": 0.1},
     ("l1_sparse", "multilabel"): {"epochs": 6.0, "lr": 0.3, "alpha": 0.002},

@@ -10,8 +10,8 @@ HERE, RECORDS = "expunge.modalities.text_classification", "expunge.modalities.re
 
 OPTIONS = (
     Option("train", "", "JSON lines, a JSON list or CSV of text, label and, where wanted, id.", required=True),
-    Option("test", "", "Such a file of texts that were never trained on."),
-    Option("validation", "share:0.3", "Such a file of its own for tuning, or share:0.3, that share of test."),
+    Option("test", "", "JSON lines, a JSON list or CSV of texts that were never trained on."),
+    Option("validation", "share:0.3", "Texts of their own for tuning, or share:0.3, that share of test."),
     Option("max_length", 0, "In tokens; 0 is the model's context, at most 512."),
     Option("dtype", "auto", "auto (as stored), float32 or bfloat16."),
 )
