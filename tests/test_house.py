@@ -95,6 +95,7 @@ def test_a_modality_is_whole(name):
                 assert callable(it.found)
                 assert it.where.startswith(folder) or it.where.split(":")[0] in shared, it.where
     assert all(isinstance(o.default, (str, int, float, bool)) and o.help.endswith(".") for o in m.options)
+    assert m.filed == (m.load is not Modality("", "", m.task).load), "models in files can be loaded alone, to be held to a report"
     assert m.worlds and all(worlds()[w] is m for w in m.worlds)
     assert [c for c in CHECKS if CHECKS[c].suits(type("T", (), {"name": name})())], "no check reads it"
     assert [k for k in METHODS if METHODS[k].suits(type("T", (), {"name": name})())], "no method works on it"

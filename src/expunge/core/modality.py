@@ -161,6 +161,7 @@ class Modality:
     options     its part of the command line and of recipes; `asks` the option that says what must go, `stays` the one for what must stay (TRAIN of `plan`)
     refuses     option of commands that it does not take -> why
     open        Request -> Opened
+    load        Request -> the model alone: the one that is to be audited where the request names one, else the one before
     sized       Request -> (task, split, model or None) for planning, as light as can be
     holds       what --model says -> 0 no, 1 perhaps, 2 surely a model of this kind
     apply       (patch, model, out, key, options) -> what was written; `revert` (patch, model, out, options) the same
@@ -194,6 +195,7 @@ class Modality:
     stays: str = "train"
     refuses: Mapping[str, str] = field(default_factory=dict)
     open: Callable[[Request], Opened] = _no_files
+    load: Callable[[Request], Any] = _no_files
     sized: Callable[[Request], tuple[Any, Any, Any]] = _no_files
     holds: Callable[[str], int] = lambda model: 0
     apply: Callable[..., list[str]] = _nothing  # pyright: ignore[reportAssignmentType]

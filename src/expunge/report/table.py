@@ -256,6 +256,19 @@ def sections(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return out
 
 
+def identified(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, digest and what stands beside it) of everything that the document is about, its seal last; empty for a document without identity."""
+    known = mapping(document.get("identity"))
+    out = [(name, plain(known.get(k)) or "none") for k, name in (("patch", "patch"), ("before", "model before"), ("after", "model after")) if k in known]
+    for name, part in mapping(known.get("parts")).items():
+        out.append((plain(name), f"{plain(mapping(part).get('digest')) or 'not held in memory'} ({plain(mapping(part).get('n'))} records)"))
+    out += [(f"reference {k}", digest) for k, digest in enumerate(texts(known.get("references")), 1)]
+    out += [("rules", "; ".join(f"{plain(n)} {plain(r)}" for n, r in mapping(known.get("rules")).items()) or "none")] if "rules" in known else []
+    out += [("seed", plain(known.get("seed")))] if "seed" in known else []
+    out += [("code", ", ".join(f"{plain(n)} {plain(v)}" for n, v in mapping(known.get("code")).items()))] if "code" in known else []
+    return out + [(name, plain(document[k])) for k, name in (("sha256", "seal"), ("hmac", "signature")) if known and document.get(k)]
+
+
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow"}
 
 

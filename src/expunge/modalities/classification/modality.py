@@ -23,6 +23,7 @@ CLASSIFICATION = modality(
         rules=later(f"{HERE}.rules:rules"),
         options=OPTIONS,
         open=partial(later(f"{REQUESTS}:read"), task="classification"),
+        load=later(f"{REQUESTS}:load"),
         sized=partial(later(f"{REQUESTS}:sized"), task="classification"),
         holds=later(f"{REQUESTS}:holds"),
         apply=later(f"{REQUESTS}:apply"),

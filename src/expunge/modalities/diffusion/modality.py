@@ -36,6 +36,7 @@ DIFFUSION = modality(
         asks="concept",
         refuses={"forget": "a pipeline forgets a concept: write --concept in place of --forget"},
         open=later(f"{HERE}.request:read"),
+        load=later(f"{HERE}.request:load"),
         sized=later(f"{HERE}.request:sized"),
         holds=later(f"{HERE}.request:holds"),
         apply=later(f"{HERE}.request:apply"),

@@ -43,6 +43,7 @@ LANGUAGE = modality(
         options=OPTIONS,
         stays="retain",
         open=later(f"{HERE}.request:read"),
+        load=later(f"{HERE}.request:load"),
         sized=later(f"{HERE}.request:sized"),
         holds=later(f"{HERE}.request:holds"),
         apply=later(f"{HERE}.request:apply"),

@@ -21,6 +21,7 @@ REGRESSION = modality(
         rules=later(f"{RECORDS}:rules"),
         options=OPTIONS,
         open=partial(later(f"{REQUESTS}:read"), task="regression"),
+        load=later(f"{REQUESTS}:load"),
         sized=partial(later(f"{REQUESTS}:sized"), task="regression"),
         holds=lambda model: 0,
         worlds=("diabetes",),
