@@ -87,7 +87,7 @@ def test_a_modality_is_whole(name):
     """Its functions are there and stand in its own folder or in what several share; its options have a type and say something; its worlds are its own."""
     m = MODALITIES[name]
     folder = f"expunge.modalities.{importlib.import_module(m.task.found.__module__).__name__.split('.')[2]}."
-    shared = ("expunge.modalities.records", "expunge.modalities.files.requests", "expunge.modalities.examples")
+    shared = ("expunge.modalities.records", "expunge.modalities.near", "expunge.modalities.files.requests", "expunge.modalities.examples")
     for f in fields(Modality):
         value = getattr(m, f.name)
         for it in (value, getattr(value, "func", None), *(vars(value).values() if f.name == "search" else ())):

@@ -149,6 +149,8 @@ class Modality:
 
     removed     split -> classes that the request removes
     kinds       split -> kinds of the request, of which a method must be made for one ("records", "class", "range")
+    near        split -> (forget id, kept id, likeness up to 1) of kept records that are near copies of one to forget, each once, the most alike first; None
+                where that cannot be told
     preflight   (model, task, split): raises SplitError for data that the model cannot take
     fits        (model, split, which): the same for another model, named by `which`
     validation  (model, task, split) -> (model -> score, larger is better, 0 at best, read on validation), or None: no tuning
@@ -181,6 +183,7 @@ class Modality:
 
     removed: Callable[[Any], list[int]] = lambda split: []
     kinds: Callable[[Any], tuple[str, ...]] = lambda split: ("records",)
+    near: Callable[[Any], list[tuple[int, int, float]] | None] = _nothing
     preflight: Callable[[Any, Any, Any], None] = _nothing
     fits: Callable[[Any, Any, str], None] = _nothing
     validation: Callable[[Any, Any, Any], Callable[[Any], float] | None] = _nothing

@@ -19,7 +19,7 @@ from expunge.audits.verdict import Trial, checks_for, default_rules, judge, self
 from expunge.core.digest import model_digest
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
-from expunge.core.types import Split, Task
+from expunge.core.types import Split, Task, held, spread
 from expunge.engine.run import Attempt, preflight, unlearn
 from expunge.planning.identity import identity
 from expunge.report import html, seal, table
@@ -109,6 +109,7 @@ class Verdict:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
             "task": p.task.name, "parts": {n: len(part) for n, part in p.split.parts().items()}, "references": len(p.references),
             "assurance": METHODS[shown.attempt.method].assurance if shown and shown.attempt.method in METHODS else "approximate",
+            "near": copies(p),
             "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
             "verdict": {"passed": self.passed, "reasons": list(self.reasons)},
             "chosen": None if chosen is None else {
@@ -145,6 +146,26 @@ class Verdict:
             "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason, "passed": t.passed,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
+
+
+COMPARED = 1 << 31
+"""Most pairs of records to forget and kept ones that are compared; beyond, some of those to forget are left out, evenly."""
+LISTED = 1000
+"""Most near copies that a document lists."""
+
+
+def copies(p: Probe) -> dict[str, Any] | None:
+    """Kept records that are near copies of one to forget: how many, and (forget id, kept id, likeness) of the first; how many records were compared. None where
+    the modality cannot tell."""
+    forget, retain = p.split.forget, p.split.retain
+    if not (held(forget) and held(retain)):
+        return None
+    rows = spread(len(forget), max(1, COMPARED // len(retain)))
+    some = forget if len(rows) == len(forget) else forget.take(rows)
+    found = p.once(("near",), p.before, lambda: of(p.task).near(replace(p.split, forget=some)))
+    if found is None:
+        return None
+    return {"n": len(found), "pairs": [list(pair) for pair in found[:LISTED]], "compared": {"forget": len(rows), "retain": len(retain)}}
 
 
 def patched(model: nn.Module, attempt: Attempt) -> nn.Module:

@@ -18,6 +18,7 @@ CLASSIFICATION = modality(
         shadows=True,
         removed=later(f"{RECORDS}:removed"),
         kinds=later(f"{RECORDS}:kinds"),
+        near=later("expunge.modalities.near:inputs"),
         preflight=later(f"{HERE}.task:preflight"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{HERE}.rules:rules"),

@@ -48,7 +48,7 @@ def split(request: Request, task: str) -> Split:
             test, validation = test.take(order[cut:]), test.take(order[:cut])
     elif given["validation"]:
         validation = load(given["validation"])
-    return Split(forget, retain, test, validation, asked=request.what)
+    return Split(forget, retain, test, validation, asked=request.what, corrected=bool(given.get("corrected")))
 
 
 def read(request: Request, task: str) -> Opened:

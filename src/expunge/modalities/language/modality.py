@@ -26,6 +26,7 @@ LANGUAGE = modality(
         "language models",
         later(f"{HERE}.task:causal_lm"),
         alone=True,
+        near=later(f"{HERE}.near:texts"),
         preflight=later(f"{HERE}.texts:preflight"),
         fits=later(f"{HERE}.texts:fits"),
         validation=later(f"{HERE}.autopilot:validation"),
