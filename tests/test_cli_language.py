@@ -200,6 +200,18 @@ def test_audit_reads_a_patch_and_the_same_weights_alike(world, done):
     assert strict((world.home / "audited" / "report.json").read_text())["verdict"] == nothing[1]["verdict"]
 
 
+def test_a_report_is_held_to_folders(world, done):
+    """The task stands in the report; before and after are told apart; another folder is named."""
+    assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "whole", "--json")[0] == 0
+    check = ("audit", "--check", "done/report.json", "--json")
+    code, out, err = call(world.home, *check, "--patch", "done/patch.safetensors", "--model", "base", "--after", "whole")
+    assert (code, err) == (0, "") and strict(out)["asked"] == "12 records of forget.jsonl"
+    assert [(h["what"], h["match"]) for h in strict(out)["held"]] == [(w, True) for w in ("patch", "model", "model with the patch", "model after")]
+    for words, wrong in ((("--model", "plain"), "model"), (("--model", "base", "--after", "base"), "model after")):
+        code, out, err = call(world.home, *check, *words)
+        assert code == 2 and f"report.json is about another {wrong}: " in err and [h["what"] for h in strict(out)["held"] if not h["match"]] == [wrong]
+
+
 def test_plan_counts_records_and_says_what_is_missing(world):
     code, out, err = call(world.home, "plan", "retain.jsonl", "forget.jsonl", "--task", "causal-lm", "--retrain-epochs", "10", "--json")
     assert (code, err) == (0, "")

@@ -87,7 +87,7 @@ def test_a_modality_is_whole(name):
     """Its functions are there and stand in its own folder or in what several share; its options have a type and say something; its worlds are its own."""
     m = MODALITIES[name]
     folder = f"expunge.modalities.{importlib.import_module(m.task.found.__module__).__name__.split('.')[2]}."
-    shared = ("expunge.modalities.records", "expunge.modalities.files.requests", "expunge.modalities.examples", "expunge.modalities.classification.rules")
+    shared = tuple(f"expunge.modalities.{n}" for n in ("records", "near", "files.requests", "examples", "classification.rules"))
     for f in fields(Modality):
         value = getattr(m, f.name)
         for it in (value, getattr(value, "func", None), *(vars(value).values() if f.name == "search" else ())):
@@ -95,6 +95,7 @@ def test_a_modality_is_whole(name):
                 assert callable(it.found)
                 assert it.where.startswith(folder) or it.where.split(":")[0] in shared, it.where
     assert all(isinstance(o.default, (str, int, float, bool)) and o.help.endswith(".") for o in m.options)
+    assert m.filed == (m.load is not Modality("", "", m.task).load), "models in files can be loaded alone, to be held to a report"
     assert m.worlds and all(worlds()[w] is m for w in m.worlds)
     assert [c for c in CHECKS if CHECKS[c].suits(type("T", (), {"name": name})())], "no check reads it"
     assert [k for k in METHODS if METHODS[k].suits(type("T", (), {"name": name})())], "no method works on it"

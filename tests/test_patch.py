@@ -7,12 +7,15 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from expunge.core.edits import LowRank, Replace, bits
+from expunge.core.edits import Hook, LowRank, Replace, bits
 from expunge.core.errors import PatchError
 from expunge.core.files import write
 from expunge.core.patch import Patch, difference
@@ -281,3 +284,139 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PatchError, match="cannot write p"):
         write(tmp_path / "file" / "p", b"")
+
+
+# ---- identity -----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Parameters a, b (2, 2), and a square one and a vector whose values, as bytes, may equal one another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.full((2, 2), 0.25)), nn.Parameter(torch.full((2, 2), -0.5))
+
+
+NUMBERS = st.sampled_from([0.0, -0.0, 1.0, 3.0])
+NAMES = st.sampled_from(["a", "b"])
+
+
+def tensor(shape: tuple[int, ...]) -> st.SearchStrategy[torch.Tensor]:
+    n = torch.Size(shape).numel()
+    return st.lists(NUMBERS, min_size=n, max_size=n).map(lambda v: torch.tensor(v).view(shape))
+
+
+@st.composite
+def edit(draw) -> Replace | LowRank:
+    name, kind = draw(NAMES), draw(st.sampled_from(["all", "mask", "low rank"]))
+    if kind == "low rank":
+        return LowRank(name, draw(tensor((2, 1))), draw(tensor((1, 2))), draw(st.sampled_from([1.0, -7.0, 0.0, -0.0])))
+    if kind == "all":
+        return Replace(name, draw(tensor((2, 2))))
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=4, max_size=4))).view(2, 2)
+    return Replace(name, draw(tensor((int(mask.sum()),))), mask)
+
+
+@st.composite
+def pair(draw) -> tuple[Patch, Patch]:
+    """A patch, and another that is it in another order, or it with one thing changed, or any."""
+    edits = draw(st.lists(edit(), min_size=1, max_size=3))
+    how, k = draw(st.sampled_from(["order", "one edit", "scale", "name", "any"])), draw(st.integers(0, len(edits) - 1))
+    other = list(edits)
+    if how == "order":
+        other = draw(st.permutations(edits))
+    elif how == "any":
+        other = draw(st.lists(edit(), min_size=1, max_size=3))
+    elif how == "one edit":
+        other[k] = draw(edit())
+    elif how == "name":
+        other[k] = replace(edits[k], name=draw(NAMES))
+    elif isinstance(edits[k], LowRank):
+        other[k] = replace(edits[k], scale=draw(st.sampled_from([1.0, -7.0, 0.0, -0.0])))
+    return Patch(tuple(edits)), Patch(tuple(other))
+
+
+def facts(t: torch.Tensor | None) -> tuple | None:
+    return None if t is None else (str(t.dtype), tuple(t.shape), bits(t).flatten().tolist())
+
+
+def meaning(patch: Patch) -> list[list[tuple]]:
+    """Per name, in order, all that an edit holds: a slow form of what the digest covers."""
+    found: dict[str, list[tuple]] = {}
+    for e in patch.edits:
+        mine = ("low rank", float(e.scale).hex(), facts(e.up), facts(e.down)) if isinstance(e, LowRank) else ("replace", facts(e.values), facts(e.mask))
+        found.setdefault(e.name, []).append((e.name, *mine))
+    return [found[name] for name in sorted(found)]
+
+
+def written(patch: Patch) -> dict[str, list[int]]:
+    model = Small()
+    patch.apply(model)
+    return {n: v.flatten().tolist() for n, v in raw(model).items()}
+
+
+@settings(deadline=None, max_examples=400)
+@given(pair())
+def test_equal_digests_are_equal_edits_and_write_equal_bits(both):
+    """Order counts where one name is edited twice, and only there."""
+    one, other = both
+    assert (one.digest == other.digest) == (meaning(one) == meaning(other))
+    if one.digest == other.digest:
+        assert written(one) == written(other)
+
+
+@settings(deadline=None, max_examples=200)
+@given(tensor((2, 2)), tensor((2, 2)), tensor((2, 2)), tensor((2, 2)))
+def test_differences_have_one_digest_if_and_only_if_they_write_the_same_bits(a, b, c, d):
+    """For the patches that methods leave, which hold the places that moved and no other, the digest is a name of what is written."""
+    before = {"a": torch.full((2, 2), 0.25), "b": torch.full((2, 2), -0.5)}
+    one, other = difference(before, {"a": a, "b": b}), difference(before, {"b": d, "a": c})
+    assert (one.digest == other.digest) == (written(one) == written(other))
+
+
+def variants() -> dict[str, Patch]:
+    """Patches of which no two are the same, each near another."""
+    square, up, down = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])
+    everywhere = torch.ones(2, 2, dtype=torch.bool)
+    half = torch.tensor([[True, True], [False, False]])
+    eye = {"weight": torch.ones(2), "bias": torch.zeros(2)}
+    low = lambda **changed: LowRank(**{"name": "a", "up": up, "down": down, "scale": 1.0, **changed})  # noqa: E731
+    hook = lambda **changed: Hook(**{"name": "a", "kind": "refuse", "tensors": eye, "config": {"t": 1}, **changed})  # noqa: E731
+    edits = {
+        "replace": [Replace("a", square)], "other name": [Replace("b", square)], "other values": [Replace("a", square * 2)],
+        "-0.0": [Replace("a", -torch.zeros(2, 2))], "0.0": [Replace("a", torch.zeros(2, 2))],
+        "other shape": [Replace("a", square.view(4))], "other type": [Replace("a", square.view(torch.int32))],
+        "mask of all": [Replace("a", square.view(4), everywhere)], "mask": [Replace("a", square.view(4)[:2], half)],
+        "other places": [Replace("a", square.view(4)[:2], ~half)], "mask of another shape": [Replace("a", square.view(4)[:2], half.view(4))],
+        "low rank": [low()], "scale": [low(scale=-7.0)], "scale 0": [low(scale=0.0)], "scale -0": [low(scale=-0.0)],
+        "up and down changed places": [low(up=down.T.contiguous(), down=up.T.contiguous())], "half precision": [low(up=up.half(), down=down.half())],
+        "up as values": [Replace("a", up)], "up as values, down as values": [Replace("a", up), Replace("a", down)],
+        "down first": [Replace("a", down), Replace("a", up)], "one edit twice": [Replace("a", square), Replace("a", square)],
+        "nothing": [], "guard": [hook()], "guard of another name": [hook(name="b")], "guard of another kind": [hook(kind="corrupt")],
+        "guard of another policy": [hook(config={"t": 1.0})], "true is not 1": [hook(config={"t": True})],
+        "tensors of other names": [hook(tensors={"weight": torch.ones(2), "biases": torch.zeros(2)})],
+        "fewer tensors": [hook(tensors={"weight": torch.ones(2)})], "a stroke in the name": [hook(name="a/refuse", kind="x")],
+        "a stroke in the kind": [hook(name="a", kind="refuse/x")], "two guards": [hook(), hook(name="b")], "the other inside": [hook(name="b"), hook()],
+    }  # fmt: skip
+    return {name: Patch(tuple(listed)) for name, listed in edits.items()}
+
+
+def test_whatever_differs_has_a_digest_of_its_own():
+    found: dict[str, list[str]] = {}
+    for name, patch in variants().items():
+        found.setdefault(patch.digest, []).append(name)
+    assert [names for names in found.values() if len(names) > 1] == []
+
+
+def test_a_name_that_spells_another_edit_is_not_one():
+    """Parts are told apart by their lengths, not by what stands in them: a name that reads like an edit and the name of the next is one name."""
+    zero, one = torch.zeros(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)
+    spelled = "atorch.uint8(1,)\0b"
+    assert Patch((Replace("a", zero), Replace("b", one))).digest != Patch((Replace(spelled, one),)).digest
+    assert Hook("g", "k", {"a": zero, "b": one}).digest != Hook("g", "k", {spelled: one}).digest
+
+
+def test_meta_is_no_part_of_the_digest_and_names_of_any_kind_have_one():
+    patch = Patch((Replace("a", torch.ones(2)),))
+    assert Patch(patch.edits, {"method": "x"}).digest == patch.digest and len(patch.digest) == 64
+    assert Patch((Replace("\ud800", torch.ones(2)),)).digest != patch.digest

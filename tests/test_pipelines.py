@@ -18,7 +18,7 @@ from expunge.audits.core import Probe, audit
 from expunge.audits.pictures import redirection
 from expunge.cli.app import app
 from expunge.core.edits import LowRank, Replace
-from expunge.core.errors import DataError, ExpungeError, ModelError, PatchError, SettingError
+from expunge.core.errors import DataError, ExpungeError, ModelError, PatchError, ReportError, SettingError
 from expunge.core.hooks import Guarded
 from expunge.core.patch import Patch
 from expunge.engine.run import Attempt, unlearn
@@ -137,6 +137,11 @@ def test_a_concept_is_redirected_and_the_folder_loads_in_plain_diffusers(folders
         assert all(torch.equal(v, now[n]) for n, v in loaded[True].model.state_dict().items()) == equal
     told = run.invoke(app, ["audit", *asked, "--after", str(tmp_path / "applied"), "--quick", "--json"])
     assert told.exit_code == 0, told.output
+    held = ["audit", "--check", str(out / "report.json"), "--patch", str(out / "patch.safetensors"), "--model"]
+    told = run.invoke(app, [*held, str(tmp_path / "back"), "--after", str(tmp_path / "applied")])
+    assert told.exit_code == 0 and told.stdout.count("match: ") == 4, told.output
+    told = run.invoke(app, [*held, str(tmp_path / "back"), "--after", str(folders[True])])
+    assert isinstance(told.exception, ReportError) and told.stdout.count("differs: ") == 1, told.output
 
 
 def test_redirection_reads_nothing_done_and_a_foreign_model(loaded):

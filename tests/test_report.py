@@ -58,7 +58,9 @@ def document() -> dict:
             {"name": "accuracy.forget", "rule": "<= 0.1", "original": "1 (0.97 to 1)", "retrained": "0 (0 to 0.03)", "usable": True},
             {"name": "membership.excess", "rule": "-0.1..0.1", "original": "0 (0 to 0)", "retrained": "0 (0 to 0)", "usable": False},
         ],
-        "notes": ["one note"],
+        "notes": ["one note"], "near": {"n": 1, "pairs": [[17, 42, 0.994]], "compared": {"forget": 109, "retain": 891}},
+        "identity": {"patch": "ab" * 32, "before": "cd" * 32, "after": "ef" * 32, "parts": {"forget": {"n": 109, "digest": "01" * 32}}, "seed": 0},
+        "sha256": "23" * 32,
         "pictures": {
             "loss": {"forget": losses, "retain": losses, "test": losses}, "roc": {"before": curve, "after": curve, "retrained": curve},
             "confusion": {"before": [[5, 1], [0, 6]], "after": [[5, 1], [6, 0]]},

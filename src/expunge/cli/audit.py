@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, bar, key, show
+from expunge.cli.shown import Json, Key, Quick, bar, key, needs, show
 
 Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
 Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
@@ -17,7 +18,7 @@ Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
 
 @with_options(leave=("form",))
 def audit(
-    model: Annotated[str, typer.Option(help="py:module:factory; texts: the folder of the model before.")], options: dict[str, Any],
+    options: dict[str, Any], model: Annotated[str, typer.Option(help="py:module:factory; texts: the folder of the model before.")] = "",
     forget: Annotated[str, typer.Option(help="What must be gone, as in forget.")] = "",
     patch: Annotated[str, typer.Option(help="Patch to audit.")] = "",
     after: Annotated[str, typer.Option(help="Or: weights (texts, pipelines: folder) after.")] = "",
@@ -27,11 +28,13 @@ def audit(
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Training = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
+    check: Annotated[str, typer.Option(help="Read this report.json back and hold --patch, --model and --after to it; no audit.")] = "",
     pools: Pools = ".cache/expunge", seed: int = 0, quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Audit a patch, or weights from any other tool, against the model before and retrained references.
 
     Prints the verdict, then the sections of named checks, weakest first.
+    A report read back: expunge audit --check out/report.json --patch out/patch.safetensors [--model ...] [--key-file KEY]; 2 where the seal or a digest differs
     Pipelines: expunge audit --task diffusion --model DIR --after out/released --concept "tench" --retain "goldfish,hen" --judge VIT-DIR --drawings 25
     """
     from expunge.core.errors import SettingError
@@ -40,6 +43,11 @@ def audit(
     from expunge.engine.run import Attempt
     from expunge.planning import outcome
 
+    if check:
+        if forget or reference or shadows or unlearn_shadows or out:
+            raise SettingError("--check reads a report back and audits nothing: name --patch, --model (with --weights) or --after to hold them to it")
+        return _check(check, model, patch, after, options, key(key_file), as_json)
+    needs(model, "--model")
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
     modality, what, mine = asked(task, options, forget)
@@ -58,8 +66,39 @@ def audit(
             forgotten=forgotten,
         )  # fmt: skip
     title = f"Audit of {Path(patch or after).name}"
-    show(verdict.save(out, title) if out else verdict.document(title), as_json)
+    show(verdict.save(out, title, key(key_file)) if out else verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _check(report: str, model: str, patch: str, after: str, options: Mapping[str, Any], secret: bytes | None, as_json: bool) -> None:
+    """What a report is about, its seal, and whether patch and models at hand are the report's. Raises ReportError where one is not."""
+    from expunge.core.errors import ReportError, printable
+    from expunge.core.modality import Request, named
+    from expunge.core.patch import Patch
+    from expunge.planning import identity
+    from expunge.report import seal, table
+
+    document = seal.read(report, secret)
+    nets = [None, None]
+    if model or after:
+        modality = named(table.plain(document.get("task")))
+        request = Request(model, "", {o.name: options.get(o.name, o.default) for o in modality.options})
+        factory = bool(after) and not request.options.get("weights", "a folder")  # that says no weights of the model before
+        nets = [modality.load(request) if model and not factory else None, modality.load(replace(request, after=after)) if after else None]
+    found = identity.compared(document, Patch.load(patch, secret) if patch else None, *nets)
+    signed = "not signed" if "hmac" not in document else "signed; --key-file checks by whom" if secret is None else "signed by this key"
+    here = "the same as here" if table.mapping(document["identity"].get("code")).get("source") == identity.code()["source"] else "another than here"
+    if as_json:
+        shown = {k: document.get(k) for k in ("title", "asked", "verdict", "created", "version", "identity", "sha256")}
+        print(table.dump({"file": report, "seal": "whole", "signed": signed, **shown, "source": here, "held": [asdict(h) for h in found]}))
+    else:
+        print(f"{printable(Path(report).name)}: the seal is whole; {signed}")
+        verdict = "passed" if table.passed(document) else "; ".join(["not passed", *table.texts(table.mapping(document.get("verdict")).get("reasons"))])
+        about = [(k, table.plain(document.get(k))) for k in ("title", "asked", "created", "version")]
+        for name, said in (*about, ("verdict", verdict), *table.identified(document), ("source", here), *((h.what, h.said) for h in found)):
+            print(f"{name:20} {said}")
+    if other := [h.what for h in found if not h.match]:
+        raise ReportError(f"{printable(Path(report).name)} is about another {' and another '.join(other)}: see which digest differs, and name what was audited")
 
 
 def select(

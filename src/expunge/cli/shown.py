@@ -12,7 +12,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
-Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) the patch.")]
+Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) patch and report.")]
 
 
 @contextmanager
@@ -30,11 +30,14 @@ def bar(quiet: bool) -> Iterator[Any]:
 
 
 def show(document: Any, as_json: bool) -> None:
-    """The report's table, or JSON."""
-    from expunge.report import table
+    """The report's table, or JSON: that of a report without its pictures, sealed anew."""
+    from expunge.report import seal, table
 
     if as_json:
-        print(table.dump({k: v for k, v in document.items() if k != "pictures"} if isinstance(document, dict) else document))
+        if isinstance(document, dict):
+            document = {k: v for k, v in document.items() if k not in ("pictures", *seal.SEAL)}
+            document |= seal.seal(document) if "identity" in document else {}
+        print(table.dump(document))
         return
     from rich.console import Console
 

@@ -78,12 +78,11 @@ class Hook:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over kind, configuration and tensors: the policy that is in force."""
-        h = hashlib.sha256(f"{self.name}/{self.kind}/{self.listed}".encode())
+        """SHA-256 over name, kind, configuration and tensors: the policy that is in force."""
+        h = hashlib.sha256()
+        feed(h, "guard", self.name, self.kind, self.listed)
         for name in sorted(self.tensors):
-            t = self.tensors[name]
-            h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-            h.update(raw(t))
+            feed(h, name, *facts(self.tensors[name]))
         return h.hexdigest()
 
 
@@ -93,3 +92,16 @@ Edit = Replace | LowRank | Hook
 def raw(t: Tensor) -> bytes:
     """The tensor's bytes in logical order."""
     return bits(t.detach().cpu().contiguous()).numpy().tobytes()
+
+
+def facts(t: Tensor) -> tuple[str, bytes]:
+    """Type and shape, and the bytes: two tensors with the same facts are the same to the bit."""
+    return f"{t.dtype}{tuple(t.shape)}", raw(t)
+
+
+def feed(h: Any, *parts: str | bytes) -> None:
+    """Update a hash with each part after its length (8 bytes), so that no other parts feed it the same."""
+    for part in parts:
+        content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        h.update(len(content).to_bytes(8, "little"))
+        h.update(content)

@@ -11,6 +11,7 @@ ValueError
     ├── RecipeError     a recipe file with an unknown key or a value of the wrong type
     ├── GateError       a gate rule that cannot be read
     ├── JobError        a job whose process died at every try
+    ├── ReportError     a report that is cut, changed, signed by another key, or about another patch or model
     ├── StoreError      a store of checkpoints that is damaged, changed, of another version, or of other data
     └── Diverged        weights or loss left their bounds; everything was rolled back
 """
@@ -61,12 +62,25 @@ class JobError(ExpungeError):
     """A job's process died at every try."""
 
 
+class ReportError(ExpungeError):
+    """A report is cut, was changed, is signed by another key, or is about another patch or model."""
+
+
 class StoreError(ExpungeError):
     """A store of checkpoints is damaged, was changed, is of another version, or belongs to other data."""
 
 
 class Diverged(ExpungeError):
     """Weights or loss left their bounds; the model was rolled back."""
+
+
+def printable(text: str) -> str:
+    """The text on one line: characters that do not print (line breaks, escape codes) are written as escapes.
+
+    >>> printable("a\\nb\\x1b[31m é")
+    'a\\\\nb\\\\x1b[31m é'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def suggest(kind: str, asked: str, known: Iterable[str]) -> str:

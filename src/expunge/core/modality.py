@@ -149,6 +149,8 @@ class Modality:
 
     removed     split -> classes that the request removes
     kinds       split -> kinds of the request, of which a method must be made for one ("records", "class", "range")
+    near        split -> (forget id, kept id, likeness up to 1) of kept records that are near copies of one to forget, each once, the most alike first; None
+                where that cannot be told
     preflight   (model, task, split): raises SplitError for data that the model cannot take
     fits        (model, split, which): the same for another model, named by `which`
     validation  (model, task, split) -> (model -> score, larger is better, 0 at best, read on validation), or None: no tuning
@@ -161,6 +163,7 @@ class Modality:
     options     its part of the command line and of recipes; `asks` the option that says what must go, `stays` the one for what must stay (TRAIN of `plan`)
     refuses     option of commands that it does not take -> why
     open        Request -> Opened
+    load        Request -> the model alone: the one that is to be audited where the request names one, else the one before
     sized       Request -> (task, split, model or None) for planning, as light as can be
     holds       what --model says -> 0 no, 1 perhaps, 2 surely a model of this kind
     apply       (patch, model, out, key, options) -> what was written; `revert` (patch, model, out, options) the same
@@ -180,6 +183,7 @@ class Modality:
 
     removed: Callable[[Any], list[int]] = lambda split: []
     kinds: Callable[[Any], tuple[str, ...]] = lambda split: ("records",)
+    near: Callable[[Any], list[tuple[int, int, float]] | None] = _nothing
     preflight: Callable[[Any, Any, Any], None] = _nothing
     fits: Callable[[Any, Any, str], None] = _nothing
     validation: Callable[[Any, Any, Any], Callable[[Any], float] | None] = _nothing
@@ -194,6 +198,7 @@ class Modality:
     stays: str = "train"
     refuses: Mapping[str, str] = field(default_factory=dict)
     open: Callable[[Request], Opened] = _no_files
+    load: Callable[[Request], Any] = _no_files
     sized: Callable[[Request], tuple[Any, Any, Any]] = _no_files
     holds: Callable[[str], int] = lambda model: 0
     apply: Callable[..., list[str]] = _nothing  # pyright: ignore[reportAssignmentType]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import hooks
-from expunge.core.edits import Edit, Hook, LowRank, Replace, bits, raw
+from expunge.core.edits import Edit, Hook, LowRank, Replace, bits, facts, feed, raw
 from expunge.core.errors import PatchError
 from expunge.core.files import file_digest, verified, write
 
@@ -106,16 +107,19 @@ class Patch:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the edits alone: two patches with the same digest write the same bits to the same places."""
+        """SHA-256 over the edits alone, and over all of each: kind, name, scale, and type, shape and bits of its tensors and mask.
+
+        Patches with the same digest write the same bits to the same model. Order counts where it decides what is written: among edits of one name, and among
+        guards, of which the later stands inside. A mask of all places is told apart from none, though both write the same.
+        """
         h = hashlib.sha256()
-        for edit in sorted(self.edits, key=lambda e: e.name):
+        for edit in (*sorted((e for e in self.edits if not isinstance(e, Hook)), key=lambda e: e.name), *(e for e in self.edits if isinstance(e, Hook))):
             if isinstance(edit, Hook):
-                h.update(edit.digest.encode())
-                continue
-            for part in (edit.up, edit.down) if isinstance(edit, LowRank) else (edit.values, edit.mask):
-                if part is not None:
-                    h.update(f"{edit.name}{part.dtype}{tuple(part.shape)}".encode())
-                    h.update(raw(part))
+                feed(h, "hook", edit.digest)
+            elif isinstance(edit, LowRank):
+                feed(h, "lowrank", edit.name, struct.pack("<d", edit.scale), *facts(edit.up), *facts(edit.down))
+            else:
+                feed(h, "replace", edit.name, *facts(edit.values), *(() if edit.mask is None else facts(edit.mask)))
         return h.hexdigest()
 
     @property

@@ -28,7 +28,7 @@ BUFFERS = ("move", "freeze", "recompute")
 
 class Records(Protocol):
     """Rows held in memory: inputs x (N, ...) or a mapping of such, targets y (N,) or (N, K), ids (N,); one key per row, equal for equal rows, and a digest of
-    all."""
+    all. Where a row is known by its inputs alone, `inputs` has one key per row of them, apart from its target; empty else."""
 
     x: Any
     y: Any
@@ -67,6 +67,7 @@ class Split:
     anchor       what to say instead (neutral concept, refusals, out-of-distribution inputs)
     general      what the model knows besides, read as utility by audits alone: no method looks at it
     asked        the request in the words of the selector, as `class:3` or `ids:17,42`
+    corrected    retain may hold inputs of forget under another target: records that were taught wrongly, with what is right
     """
 
     forget: Data
@@ -76,10 +77,11 @@ class Split:
     anchor: Data = None
     general: Data = None
     asked: str = ""
+    corrected: bool = False
 
     def parts(self) -> dict[str, Data]:
         """The parts that are there, by name."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "asked")
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("asked", "corrected"))
         return {name: part for name, part in named if part is not None}
 
     def require(self, *names: str) -> None:
@@ -92,10 +94,12 @@ class Split:
                 raise SplitError(_empty(name))
 
     def check(self) -> None:
-        """Raises SplitError for an empty part, or records that stand in two parts that must be apart.
+        """Raises SplitError for an empty part, for an id that stands twice in a part or in both forget and retain, or for records that stand in two parts that
+        must be apart.
 
         Rows are compared by content where the parts are held in memory: forget against every other part, and retain against
-        test and validation. A record in both forget and test is a leak: the audit would call a trained record unseen.
+        test and validation. A record in both forget and test is a leak: the audit would call a trained record unseen. So is one that stands there under
+        another target: its input was trained on. In retain that is allowed where `corrected` says so.
         """
         have = self.parts()
         for name, part in have.items():
@@ -105,6 +109,28 @@ class Split:
         for a, b in (("forget", "retain"), ("forget", "test"), ("forget", "validation"), ("retain", "test"), ("retain", "validation"), ("test", "validation")):
             if a in keys and b in keys and (shared := keys[a] & keys[b]):
                 raise SplitError(f"{len(shared)} record(s) of {a} also stand in {b} (a leak); remove them from one of the two")
+        rows = {name: have[name] for name in ("forget", "retain", "test", "validation") if name in keys}
+        _named_once(rows)
+        inputs = set(getattr(self.forget, "inputs", ()))
+        for name in [n for n in rows if n != "forget" and not (n == "retain" and self.corrected)]:
+            if shared := inputs & set(getattr(rows[name], "inputs", ())):
+                ids = [i for i, key in zip(self.forget.ids.tolist(), self.forget.inputs, strict=True) if key in shared]
+                leave = ", or say that retain holds corrections (corrected)" if name == "retain" else f" from {name}"
+                raise SplitError(
+                    f"{len(ids)} record(s) of forget also stand in {name} under another target (a leak), the first has id {ids[0]}; remove them{leave}"
+                )
+
+
+def _named_once(rows: Mapping[str, Records]) -> None:
+    """Raises SplitError for an id that stands more than once in a part, or in both forget and retain."""
+    for name, part in rows.items():
+        known, count = part.ids.unique(return_counts=True)
+        if len(known) < len(part.ids):
+            twice = torch.isin(part.ids, known[count > 1])
+            raise SplitError(f"{int((count > 1).sum())} id(s) stand more than once in {name}, the first is {int(part.ids[twice][0])}: name each record once")
+    if {"forget", "retain"} <= rows.keys() and bool((both := torch.isin(rows["forget"].ids, rows["retain"].ids)).any()):
+        first = int(rows["forget"].ids[both][0])
+        raise SplitError(f"{int(both.sum())} id(s) stand in both forget and retain, the first is {first}: name each record once")
 
 
 def _empty(name: str) -> str:

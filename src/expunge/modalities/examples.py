@@ -67,10 +67,20 @@ class Examples:
     @cached_property
     def keys(self) -> list[bytes]:
         """One digest per row over inputs and target: equal rows have equal keys."""
-        columns = [t.detach().cpu().contiguous().reshape(len(t), -1).numpy() for t in (*self._inputs, self.y)] if len(self) else []
-        return [hashlib.blake2b(b"".join(a.tobytes() for a in row), digest_size=12).digest() for row in zip(*columns, strict=True)]
+        return _keys([*self._inputs, self.y])
+
+    @cached_property
+    def inputs(self) -> list[bytes]:
+        """The same over inputs alone, where the target is one value; empty where it is an image or the like, which tells records of equal inputs apart."""
+        return _keys(self._inputs) if self.y.ndim == 1 else []
 
     @cached_property
     def digest(self) -> str:
         """Digest of all rows in order: names the data in patches, caches and reports."""
         return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
+
+
+def _keys(tensors: Sequence[Tensor]) -> list[bytes]:
+    """One digest per row over these tensors (N, ...)."""
+    columns = [t.detach().cpu().contiguous().reshape(len(t), -1).numpy() for t in tensors] if len(tensors[0]) else []
+    return [hashlib.blake2b(b"".join(a.tobytes() for a in row), digest_size=12).digest() for row in zip(*columns, strict=True)]

@@ -85,6 +85,12 @@ class Pictures:
         return [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=12).digest() for a, b in pairs]
 
     @cached_property
+    def inputs(self) -> list[bytes]:
+        """The same over the image alone; empty for prompts alone."""
+        x = [] if self.x is None else self.x.detach().cpu().contiguous().flatten(1).numpy()
+        return [hashlib.blake2b(a.tobytes(), digest_size=12).digest() for a in x]
+
+    @cached_property
     def digest(self) -> str:
         """Digest of all rows in order: names the data in patches, caches and reports."""
         return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]

@@ -19,9 +19,10 @@ from expunge.audits.verdict import Trial, checks_for, default_rules, judge, self
 from expunge.core.digest import model_digest
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
-from expunge.core.types import Split, Task
+from expunge.core.types import Split, Task, held, spread
 from expunge.engine.run import Attempt, preflight, unlearn
-from expunge.report import html, table
+from expunge.planning.identity import identity
+from expunge.report import html, seal, table
 from expunge.report import pictures as shown_by
 
 TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
@@ -79,14 +80,17 @@ class Verdict:
         return f'<iframe srcdoc="{escape(html.render(self.document()))}" width="100%" height="700" style="border:0"></iframe>'
 
     def save(self, folder: Path | str, title: str = "Unlearning report", key: bytes | None = None, document: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write report.html, report.json and, if a patch was chosen, patch.safetensors (signed with `key`) to a folder; returns the document.
+        """Write report.html, report.json and, if a patch was chosen, patch.safetensors to a folder; returns the document. The JSON is sealed (`report.seal`);
+        with `key` it and the patch are signed.
 
-        document    written instead of `self.document(title)`, with the patch's file name added
+        document    written instead of `self.document(title)`, with the patch's file name and the seal added
         Raises PatchError when a file cannot be written; none is left half-written.
         """
         folder, document = Path(folder), document or self.document(title)
         if self.chosen is not None and self.chosen.attempt.patch is not None:
             document["chosen"]["patch"] = self.chosen.attempt.patch.save(folder / "patch.safetensors", key).name
+        document.pop("hmac", None)
+        document |= seal.seal(document, key)
         html.write(document, folder / "report.html")
         table.write(document, folder / "report.json")
         return document
@@ -96,14 +100,17 @@ class Verdict:
         from expunge import __version__
 
         p, chosen = self.probe, self.chosen
-        shown = chosen or next((t for t in reversed(self.tries) if t.attempt.patch is not None and t.attempt.seed == p.seed), None)
-        after = None if shown is None else patched(p.before, shown.attempt)
+        given = p.after is not p.before  # a model that was handed in, by `audited`: it is what was read, with or without a patch
+        shown = chosen or next((t for t in reversed(self.tries) if given or (t.attempt.patch is not None and t.attempt.seed == p.seed)), None)
+        after = None if shown is None else p.after if given else patched(p.before, shown.attempt)
         return {
             "title": title, "asked": p.split.asked or f"{len(p.split.forget)} records", "version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
             "task": p.task.name, "parts": {n: len(part) for n, part in p.split.parts().items()}, "references": len(p.references),
             "assurance": METHODS[shown.attempt.method].assurance if shown and shown.attempt.method in METHODS else "approximate",
+            "near": copies(p),
+            "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
             "verdict": {"passed": self.passed, "reasons": list(self.reasons)},
             "chosen": None if chosen is None else {
                 "method": chosen.attempt.method, "settings": dict(chosen.attempt.settings), "seed": chosen.attempt.seed, "cost": self._cost(chosen.attempt),
@@ -139,6 +146,26 @@ class Verdict:
             "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason, "passed": t.passed,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
+
+
+COMPARED = 1 << 31
+"""Most pairs of records to forget and kept ones that are compared; beyond, some of those to forget are left out, evenly."""
+LISTED = 1000
+"""Most near copies that a document lists."""
+
+
+def copies(p: Probe) -> dict[str, Any] | None:
+    """Kept records that are near copies of one to forget: how many, and (forget id, kept id, likeness) of the first; how many records were compared. None where
+    the modality cannot tell."""
+    forget, retain = p.split.forget, p.split.retain
+    if not (held(forget) and held(retain)):
+        return None
+    rows = spread(len(forget), max(1, COMPARED // len(retain)))
+    some = forget if len(rows) == len(forget) else forget.take(rows)
+    found = p.once(("near",), p.before, lambda: of(p.task).near(replace(p.split, forget=some)))
+    if found is None:
+        return None
+    return {"n": len(found), "pairs": [list(pair) for pair in found[:LISTED]], "compared": {"forget": len(rows), "retain": len(retain)}}
 
 
 def patched(model: nn.Module, attempt: Attempt) -> nn.Module:

@@ -77,8 +77,8 @@ def read(path: Path | str) -> Recipe:
     for key, value in raw.items():
         if key not in kinds:
             raise RecipeError(suggest(f"{path.name} has an unknown key", key, [k if k != "settings" else "with" for k in kinds]))
-        allowed = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict}[kinds[key]]
-        if not isinstance(value, allowed) or isinstance(value, bool):
+        allowed = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict, "bool": bool}[kinds[key]]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kinds[key] != "bool"):
             raise RecipeError(f"{key} in {path.name} must be of type {kinds[key]}, not {value!r}")
         values[key] = value
     try:

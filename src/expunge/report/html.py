@@ -156,6 +156,7 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "offenders": _offenders(items(pictures.get("offenders"))), "notes": texts(document.get("notes")),
         "sections": table.sections(document),
         "talk": [{k: plain(t.get(k)) for k in ("about", "question", "truth", "before", "after")} for t in items(document.get("talk"))],
+        "identified": table.identified(document), "near": table.near(document),
         "gates": [_gate(name, mapping(g)) for name, g in mapping(document.get("gates")).items()],
     }  # fmt: skip
 

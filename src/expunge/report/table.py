@@ -256,6 +256,39 @@ def sections(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return out
 
 
+def near(document: Mapping[str, Any], most: int = 10) -> str:
+    """A sentence on kept records that are near copies of records to forget, with at most `most` of them by id; "" where there are none.
+
+    >>> near({"near": {"n": 2, "pairs": [[17, 42, 0.994], [18, 43, 0.98]]}})
+    '2 records that you keep are near copies of records to forget (forget 17 and keep 42, 0.994 alike; forget 18 and keep 43, 0.98 alike). What ... keep.'
+    """
+    found = mapping(document.get("near"))
+    n, listed = found.get("n"), found.get("pairs")
+    if not finite(n) or n < 1:
+        return ""
+    pairs = [p for p in listed if isinstance(p, (list, tuple)) and len(p) == 3][:most] if isinstance(listed, (list, tuple)) else []
+    said = [f"forget {plain(gone)} and keep {plain(kept)}, {number(alike)} alike" for gone, kept, alike in pairs]
+    said += [f"and {n - len(pairs):,.0f} more"] if pairs and n > len(pairs) else []
+    which = f" ({'; '.join(said)})" if said else ""
+    compared, parts = mapping(found.get("compared")).get("forget"), mapping(document.get("parts")).get("forget")
+    some = f" Only {plain(compared)} of {plain(parts)} records to forget were compared." if finite(compared) and finite(parts) and compared < parts else ""
+    what = f"{n:,.0f} records that you keep are near copies" if n > 1 else "1 record that you keep is a near copy"
+    return f"{what} of records to forget{which}. What the model still knows of these it may know from what you keep.{some}"
+
+
+def identified(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, digest and what stands beside it) of everything that the document is about, its seal last; empty for a document without identity."""
+    known = mapping(document.get("identity"))
+    out = [(name, plain(known.get(k)) or "none") for k, name in (("patch", "patch"), ("before", "model before"), ("after", "model after")) if k in known]
+    for name, part in mapping(known.get("parts")).items():
+        out.append((plain(name), f"{plain(mapping(part).get('digest')) or 'not held in memory'} ({plain(mapping(part).get('n'))} records)"))
+    out += [(f"reference {k}", digest) for k, digest in enumerate(texts(known.get("references")), 1)]
+    out += [("rules", "; ".join(f"{plain(n)} {plain(r)}" for n, r in mapping(known.get("rules")).items()) or "none")] if "rules" in known else []
+    out += [("seed", plain(known.get("seed")))] if "seed" in known else []
+    out += [("code", ", ".join(f"{plain(n)} {plain(v)}" for n, v in mapping(known.get("code")).items()))] if "code" in known else []
+    return out + [(name, plain(document[k])) for k, name in (("sha256", "seal"), ("hmac", "signature")) if known and document.get(k)]
+
+
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow"}
 
 
@@ -266,7 +299,7 @@ def show(document: Mapping[str, Any], width: int = 200) -> Any:
 
     good = passed(document)
     head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
-    said = [*texts(mapping(document.get("verdict")).get("reasons")), *texts(document.get("notes"))]
+    said = [*texts(mapping(document.get("verdict")).get("reasons")), *filter(None, [near(document)]), *texts(document.get("notes"))]
     lines = [Text(f"  {reason}") for reason in said]
     for verdict, text, row in sections(document):
         if not row or verdict != "PASS":

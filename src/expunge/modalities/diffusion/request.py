@@ -151,6 +151,11 @@ def read(request: Request) -> Opened:
     return Opened(found.model, task, split, references, after, lambda verdict, folder: released(verdict, found, folder, form=given["form"]))
 
 
+def load(request: Request) -> nn.Module:
+    """The model of the pipeline after, where the request names one, or of the one before."""
+    return pipelines.load(request.path(request.after or request.model), dtype=request.options["dtype"]).model
+
+
 def sized(request: Request) -> Any:
     """Pipelines have no plan from files yet."""
     raise SettingError(

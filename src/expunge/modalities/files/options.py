@@ -8,5 +8,6 @@ OPTIONS = (
     Option("train", "", "py:, csv:, parquet:, images: or world: data.", required=True),
     Option("weights", "", "Safetensors state dict of the model."),
     Option("test", "", "Data that was never trained on."),
+    Option("corrected", False, "The training data also holds inputs of what must go under their right target, to be kept."),
     Option("validation", "share:0.3", "Data of its own for tuning, or share:0.3, that share of test."),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def split(request: Request, task: str) -> Split:
             test, validation = test.take(order[cut:]), test.take(order[:cut])
     elif given["validation"]:
         validation = load(given["validation"])
-    return Split(forget, retain, test, validation, asked=request.what)
+    return Split(forget, retain, test, validation, asked=request.what, corrected=bool(given.get("corrected")))
 
 
 def read(request: Request, task: str) -> Opened:
@@ -55,15 +56,16 @@ def read(request: Request, task: str) -> Opened:
     for name in ("weights", "train") if request.audit else ("train",):
         if not request.options[name]:
             raise SettingError(f"--{name} is missing")
-    place = request.folder if request.inside else None
-
-    def load(weights: str) -> nn.Module:
-        return models.load(request.model, request.path(weights) if weights else None, place)
-
-    model = load(request.options["weights"])
-    after = load(request.after or request.options["weights"]) if request.audit else None
+    model = load(replace(request, after=""))
+    after = load(request) if request.audit else None
     made: Task = named(task).task()
-    return Opened(model, made, split(request, task), [load(r) for r in request.references], after)
+    return Opened(model, made, split(request, task), [load(replace(request, after=r)) for r in request.references], after)
+
+
+def load(request: Request) -> nn.Module:
+    """The model of the factory with the weights after, where the request names them, or those before."""
+    weights = request.after or request.options["weights"]
+    return models.load(request.model, request.path(weights) if weights else None, request.folder if request.inside else None)
 
 
 def sized(request: Request, task: str) -> tuple[Task, Split, Any]:

@@ -19,6 +19,7 @@ GAN = modality(
         "gan",
         "generators of GANs",
         later(f"{HERE}.task:gan"),
+        near=later("expunge.modalities.near:inputs"),
         validation=later("expunge.modalities.records:validation"),
         rules=rules,
         worlds=("gan-digits",),

@@ -24,6 +24,7 @@ IMAGE_TO_IMAGE = modality(
         "image_to_image",
         "models from image to image",
         later(f"{HERE}.task:image_to_image"),
+        near=later("expunge.modalities.near:inputs"),
         validation=later("expunge.modalities.records:validation"),
         rules=rules,
         worlds=("inpaint-digits", "mri-digits"),

@@ -78,13 +78,19 @@ def read(request: Request) -> Opened:
         request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, template=given["template"], mask=given["mask"],
         max_length=given["max_length"], dtype=dtype, validation=part, within=within,
     )  # fmt: skip
-    references = [checkpoints.load(request.path(r), dtype=dtype, within=within)[0] for r in request.references]
-    after = checkpoints.load(request.path(request.after or request.model), dtype=dtype, within=within)[0] if request.audit else None
+    references = [load(replace(request, after=r)) for r in request.references]
+    after = load(request) if request.audit else None
 
     def release(verdict: Any, folder: Path) -> Path | None:
         return released(verdict, model, tokenizer, folder, form=given["form"], base=request.model)
 
     return Opened(model, task, found, references, after, release)
+
+
+def load(request: Request) -> nn.Module:
+    """The model of the folder after, where the request names one, or of the one before."""
+    within = request.folder.resolve() if request.inside else None
+    return checkpoints.load(request.path(request.after or request.model), dtype=request.options["dtype"], within=within)[0]
 
 
 def sized(request: Request) -> tuple[Task, Split, Any]:

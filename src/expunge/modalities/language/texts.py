@@ -74,6 +74,11 @@ class Texts:
         return [hashlib.blake2b(a.cpu().numpy().tobytes() + b.cpu().numpy().tobytes(), digest_size=12).digest() for a, b in pairs]
 
     @cached_property
+    def inputs(self) -> list[bytes]:
+        """The same over tokens alone, whichever of them are trained."""
+        return [hashlib.blake2b(t.cpu().numpy().tobytes(), digest_size=12).digest() for t in self.tokens]
+
+    @cached_property
     def digest(self) -> str:
         """Digest of all rows in order: names the data in patches, caches and reports."""
         return hashlib.sha256(b"".join(self.keys)).hexdigest()[:16]
