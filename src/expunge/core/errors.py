@@ -11,6 +11,7 @@ ValueError
     ├── RecipeError     a recipe file with an unknown key or a value of the wrong type
     ├── GateError       a gate rule that cannot be read
     ├── JobError        a job whose process died at every try
+    ├── JournalError    a checkpoint of a run cannot be written or removed: no space, or a folder that may not be written to
     ├── StoreError      a store of checkpoints that is damaged, changed, of another version, or of other data
     └── Diverged        weights or loss left their bounds; everything was rolled back
 """
@@ -59,6 +60,10 @@ class GateError(ExpungeError):
 
 class JobError(ExpungeError):
     """A job's process died at every try."""
+
+
+class JournalError(ExpungeError):
+    """A checkpoint of a run cannot be written or removed."""
 
 
 class StoreError(ExpungeError):

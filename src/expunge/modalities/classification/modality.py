@@ -19,6 +19,7 @@ CLASSIFICATION = modality(
         removed=later(f"{RECORDS}:removed"),
         kinds=later(f"{RECORDS}:kinds"),
         preflight=later(f"{HERE}.task:preflight"),
+        kept=later(f"{RECORDS}:kept"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{HERE}.rules:rules"),
         options=OPTIONS,

@@ -19,6 +19,7 @@ GAN = modality(
         "gan",
         "generators of GANs",
         later(f"{HERE}.task:gan"),
+        kinds=later("expunge.modalities.records:kinds"),
         validation=later("expunge.modalities.records:validation"),
         rules=rules,
         worlds=("gan-digits",),

@@ -28,6 +28,7 @@ LANGUAGE = modality(
         alone=True,
         preflight=later(f"{HERE}.texts:preflight"),
         fits=later(f"{HERE}.texts:fits"),
+        kept=later(f"{HERE}.autopilot:kept"),
         validation=later(f"{HERE}.autopilot:validation"),
         search=Search(
             (1.0, 0.3),

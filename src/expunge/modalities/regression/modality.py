@@ -17,6 +17,7 @@ REGRESSION = modality(
         shadows=True,
         relative=True,
         kinds=lambda split: ("records", "class", "range"),
+        kept=later(f"{RECORDS}:kept"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{RECORDS}:rules"),
         options=OPTIONS,
