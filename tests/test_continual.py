@@ -205,11 +205,11 @@ def test_gs_lora_pieces():
 
 
 class Blocks(nn.Module):
-    """(B, 1, 4, 4) -> (B, 3) through two blocks of two linear layers each."""
+    """(B, 1, 4, 4) -> (B, 3) through some blocks of two linear layers each."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int = 2) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(16, 8), "fc2": nn.Linear(8, 16)}) for _ in range(2)])
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(16, 8), "fc2": nn.Linear(8, 16)}) for _ in range(n)])
         self.head = nn.Linear(16, 3)
 
     def forward(self, x):
@@ -219,8 +219,18 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
+def test_gs_lora_prunes_by_alpha_and_not_at_its_default(task, split):
+    """Four blocks: the published weight leaves all alive, a larger one some, the largest none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Blocks(4).eval()
+    options = {"rank": 2, "epochs": 20, "batch_size": 8, "lr": 0.05, "warmup": 0.0}
+    left = {a: len(alive(METHODS["gs_lora"](model, task, split, alpha=a, **options))) for a in (METHODS["gs_lora"].defaults["alpha"], 1.0, 5.0, 10.0)}
+    assert left[1e-4] == left[1.0] == 4 and 0 < left[5.0] < 4 and left[10.0] == 0
+
+
 @pytest.mark.slow
-def test_gs_lora_keeps_few_blocks_alive_and_refuses_what_it_cannot_adapt(task, split):
+def test_gs_lora_penalties_and_what_it_cannot_adapt(task, split):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Blocks().eval()

@@ -259,7 +259,7 @@ def test_concept_ablation_reads_the_concepts_own_prompts():
     same = replace(split, anchor=split.forget)
     attempt = unlearn("concept_ablation", model, task, same, steps=2, trajectories=2, path=2)
     moved = unlearn("concept_ablation", model, task, split, steps=2, trajectories=2, path=2)
-    assert attempt.outcome == "no_op" and moved.outcome == "ok"
+    assert attempt.outcome == "no_op" and moved.outcome == "partial"
 
 
 @pytest.mark.parametrize("name", [pytest.param("esd", marks=pytest.mark.slow), "concept_ablation"])

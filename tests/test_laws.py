@@ -12,11 +12,11 @@ from worlds import copied, same, small, state, toy
 
 from expunge.core.edits import Replace
 from expunge.core.errors import ExpungeError, PatchError, SettingError, SplitError
-from expunge.core.guard import Guard
+from expunge.core.guard import Guard, current
 from expunge.core.modality import MODALITIES
 from expunge.core.patch import Patch
 from expunge.core.registry import ASSURANCES, METHODS
-from expunge.engine.run import unlearn
+from expunge.engine.run import GRADED, Attempt, unlearn
 from expunge.parts.reading import score
 
 ADOPTED = {name: [m.name for m in MODALITIES.values() if m.adopts(METHODS[name])] for name in METHODS}
@@ -40,6 +40,7 @@ COSTLY = {
         "sfd", "salun_diffusion", "kga", "slug", "ebyd", "mace", "laf", "altpo", "scar_self", "scar-text_classification", "metaunlearn-text_classification",
         "gs_lora-text_classification",
     ),
+    "breaks": ("sfd", "salun_diffusion", "slug", "adapt_then_unlearn", "altpo", "advunlearn"),
 }  # fmt: skip
 """Law -> methods, or method-task, that take seconds for it: `make test-slow` has them."""
 TOYS = {
@@ -58,6 +59,13 @@ def cases(law: str) -> list:
     return [pytest.param(*c.values, id=c.id, marks=pytest.mark.slow if {c.values[0], c.id} & {*COSTLY[law]} else ()) for c in CASES]
 
 
+HARSH = {
+    ("boundary_expand", "classification"), ("salun", "classification"), ("gradient_ascent", "regression"), ("influence", "regression"),
+    ("prune_unlearn", "regression"),
+    *((name, "causal_lm") for name in ("flat", "knowledge_unlearning", "npo_sam", "random_target", "undial", "wagle")),
+}  # fmt: skip
+"""Methods whose toy settings cost the toy world more than half of what it was good for: they forget, and the run says what it cost."""
+
 QUICK = {"epochs": 1, "batch_size": 8}
 POOLED = {"steps": 4, "trajectories": 3, "path": 3}
 """For methods that learn from trajectories."""
@@ -69,10 +77,15 @@ def quick(name: str) -> dict:
     return {k: type(METHODS[name].defaults[k])(v) for k, v in wanted.items() if k in METHODS[name].defaults}
 
 
+def asked(name: str) -> str:
+    """The kind of request that a classifier's method is tried on: a class where it is made for one."""
+    return "class" if "class" in METHODS[name].forgets else "records"
+
+
 @pytest.mark.parametrize(("name", "task_name"), cases("patches"))
 def test_laws_1_2_3_4_5_6(name, task_name, tmp_path):
     """Model and RNG untouched; same seed, same patch; apply and inverse restore every bit; applying twice refused; disk round trip."""
-    model, task, split = small(task_name, METHODS[name].twin == "moe")
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before, rng = state(model), torch.get_rng_state()
     patch = METHODS[name](model, task, split, seed=3, **quick(name))
@@ -103,7 +116,7 @@ def test_laws_1_2_3_4_5_6(name, task_name, tmp_path):
 @pytest.mark.parametrize(("name", "task_name"), CASES)
 def test_law_7_messages(name, task_name):
     """Unknown settings, wrong types and missing parts give the prescribed messages."""
-    model, task, split = small(task_name, METHODS[name].twin == "moe")
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
     record = METHODS[name]
     first = next(iter(record.defaults))
     with pytest.raises(SettingError, match=f"{name} has no setting '{first}x'; did you mean '{first}'"):
@@ -120,10 +133,14 @@ def test_law_7_messages(name, task_name):
 def test_law_8_forgets_more_than_it_harms(name, task_name):
     """With its toy settings on the toy world: the forget loss rises by more than the retain loss."""
     model, task, split = toy(task_name, METHODS[name].twin == "moe")
-    attempt = unlearn(name, model, task, split, **TOYS.get((name, task_name), METHODS[name].toy))
-    assert attempt.outcome == "ok", attempt.reason
+    if asked(name) == "class" or task_name != "classification":
+        attempt = unlearn(name, model, task, split, **TOYS.get((name, task_name), METHODS[name].toy))
+        assert attempt.outcome == ("harmed" if (name, task_name) in HARSH else "ok"), attempt.reason
+        patch = attempt.patch
+    else:  # of ten records of a hundred little is seen: its records are those of a class, which only the method itself, unguarded, takes out
+        patch = METHODS[name](model, task, split, **METHODS[name].toy)
     twin = copied(model)
-    attempt.patch.apply(twin)
+    patch.apply(twin)
     rise = {}
     for part in ("forget", "retain"):
         a, b = score(model, task, getattr(split, part)), score(twin, task, getattr(split, part))
@@ -137,10 +154,10 @@ def test_law_8_forgets_more_than_it_harms(name, task_name):
 @pytest.mark.parametrize(("name", "task_name"), cases("smallest"))
 def test_law_9_smallest_sets(name, task_name):
     """A one-example forget set runs or says why not; an empty retain set is refused in one line."""
-    model, task, split = small(task_name, METHODS[name].twin == "moe")
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
     one = replace(split, forget=split.forget.take([0]))
     attempt = unlearn(name, model, task, one, **quick(name))
-    assert attempt.outcome in ("ok", "refused", "no_op"), attempt.reason
+    assert attempt.outcome in (*GRADED, "refused", "no_op"), attempt.reason
     with pytest.raises(SplitError, match="retain is empty"):
         unlearn(name, model, task, replace(split, retain=split.retain.take([])))
 
@@ -149,10 +166,10 @@ def test_law_9_smallest_sets(name, task_name):
 @pytest.mark.parametrize(("name", "task_name"), cases("types"))
 def test_law_10_float_types(name, task_name, dtype):
     """float64 and bfloat16 models run, and the patch keeps the type."""
-    model, task, split = small(task_name, METHODS[name].twin == "moe")
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
     model = model.to(dtype)
     attempt = unlearn(name, model, task, split, **quick(name))
-    assert attempt.outcome in ("ok", "no_op"), attempt.reason
+    assert attempt.outcome in (*GRADED, "no_op"), attempt.reason
     if attempt.patch is not None:
         types = {n: p.dtype for n, p in model.named_parameters()}
         assert all(e.values.dtype == types[e.name] for e in attempt.patch.edits if e.name in types and isinstance(e, Replace))
@@ -176,10 +193,10 @@ def test_law_11_manual(name):
 @pytest.mark.parametrize(("name", "task_name"), cases("cost"))
 def test_law_12_cost(name, task_name):
     """Examples forward and backward are what the method declares."""
-    model, task, split = small(task_name, METHODS[name].twin == "moe")
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
     watch = Guard()
     attempt = unlearn(name, model, task, split, guard=watch, **quick(name))
-    assert attempt.outcome == "ok", attempt.reason
+    assert attempt.outcome in ("ok", "partial"), attempt.reason
     forward, backward = METHODS[name].expected(split, attempt.settings)
     assert watch.meter.forward <= 1.1 * forward + 64
     assert watch.meter.backward <= 1.1 * backward + 64
@@ -192,7 +209,7 @@ def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
     """A run stopped at a checkpoint and called again gives the same patch, bit for bit; other epochs give another (the control)."""
     from expunge.core import journal
 
-    model, task, split = small(task_name, METHODS[name].twin == "moe")
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
     whole = unlearn(name, model, task, split, seed=5, **quick(name))
     step = journal.Journal.step
     seen = []
@@ -214,6 +231,34 @@ def test_resume_equals_uninterrupted(name, task_name, tmp_path, monkeypatch):
     if "epochs" in METHODS[name].defaults:
         more = unlearn(name, model, task, split, seed=5, **{**quick(name), "epochs": type(METHODS[name].defaults["epochs"])(2)})
         assert more.patch is None or more.patch.digest != whole.patch.digest or more.meter.steps == whole.meter.steps
+
+
+@pytest.mark.parametrize(("name", "task_name"), cases("breaks"))
+def test_law_13_an_exception_leaves_the_model_whole(name, task_name):
+    """Whichever of its passes breaks, one in the middle or the last: the run ends as failed, and every bit, mode, gradient and hook is as it was."""
+    model, task, split = small(task_name, METHODS[name].twin == "moe", asked(name))
+    done: list[int] = []
+
+    def run(last: int) -> Attempt:
+        """A run whose pass of that number breaks; `done` counts those of the method itself."""
+        done.clear()
+        watch = Guard()
+
+        def forward(m, b):
+            if current() is watch:
+                done.append(1)
+                if len(done) == last:
+                    raise RuntimeError("out of paper\nsecond line")
+            return task.forward(m, b)
+
+        return unlearn(name, model, replace(task, forward=forward), split, guard=watch, **quick(name))
+
+    run(0)
+    before, rng, passes = state(model), torch.get_rng_state(), len(done)
+    for last in {passes // 2, passes} - {0}:
+        attempt = run(last)
+        assert (attempt.outcome, attempt.reason, attempt.patch) == ("failed", "RuntimeError: out of paper", None)
+        assert same(before, state(model)) and torch.equal(rng, torch.get_rng_state())
 
 
 def test_unknown_method_suggests_the_nearest():

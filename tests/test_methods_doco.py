@@ -226,8 +226,8 @@ def test_surgery_warm_up_and_prior_change_doco():
     """Every rule gives another patch; images as prior need images; the warm-up takes no backward passes."""
     model, task, split = small("diffusion")
     runs = {s: unlearn("doco", model, task, split, surgery=s, alpha=3.0, **SMALL) for s in RULES}
-    assert all(r.outcome == "ok" for r in runs.values()) and len({r.patch.digest for r in runs.values()}) == len(RULES)
-    assert unlearn("doco", model, task, split, prior="images", **SMALL).outcome == "ok"
+    assert all(r.outcome == "partial" for r in runs.values()) and len({r.patch.digest for r in runs.values()}) == len(RULES)
+    assert unlearn("doco", model, task, split, prior="images", **SMALL).outcome == "partial"
     late = unlearn("doco", model, task, split, warmup=0.75, **SMALL)
     early = unlearn("doco", model, task, split, warmup=0.0, **SMALL)
     assert early.meter.backward > 3 * late.meter.backward > 0
@@ -295,9 +295,9 @@ def test_all_but_one_with_and_without_an_anchor():
     model, task, split = small("diffusion")
     runs = [unlearn("all_but_one", model, task, part, **QUICK) for part in (split, replace(split, anchor=None))]
     runs += [unlearn("all_but_one", model, task, split, **QUICK, **more) for more in ({"rescale": True}, {"latest": 0.7}, {"lam": 0.0}, {"alpha": 1.0})]
-    assert all(r.outcome == "ok" for r in runs) and len({r.patch.digest for r in runs}) == len(runs)
+    assert all(r.outcome == "partial" for r in runs) and len({r.patch.digest for r in runs}) == len(runs)
     assert runs[4].meter.backward < runs[0].meter.backward < runs[5].meter.backward
     names = Pictures(None, split.forget.tokens, split.forget.ids, split.forget.rows, split.forget.encode)
-    assert unlearn("all_but_one", model, task, replace(split, forget=names), **QUICK).outcome == "ok"
+    assert unlearn("all_but_one", model, task, replace(split, forget=names), **{**QUICK, "trajectories": 5}).outcome == "ok"
     assert "latest above 0" in unlearn("all_but_one", model, task, split, latest=0.0).reason
     assert "row by row" in unlearn("all_but_one", model, task, replace(split, anchor=split.anchor.take([0])), **QUICK).reason

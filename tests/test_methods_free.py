@@ -459,14 +459,17 @@ def test_scar_forgets_the_class_and_keeps_the_rest(part, tmp_path):
 
 
 def test_scar_self_reads_no_input_of_forget():
-    """Other inputs, or one record of the class: the same patch."""
+    """Other inputs, or one record of the class: the same patch, however long it runs. The published stop reads them, and nothing else does."""
     model, task, split = small("classification")
     blank = replace(split, forget=replace(split.forget, x=torch.full_like(split.forget.x, 7.0)))
-    found = METHODS["scar_self"](model, task, split, **QUICK)
+    found = METHODS["scar_self"](model, task, split, stop="anchor", **QUICK)
     for other in (blank, replace(split, forget=split.forget.take([0]))):
-        assert METHODS["scar_self"](model, task, other, **QUICK).digest == found.digest
+        assert METHODS["scar_self"](model, task, other, stop="anchor", **QUICK).digest == found.digest
+        assert METHODS["scar_self"](model, task, other, stop="forget", **QUICK).digest == found.digest, "one pass knows no stop"
     five = replace(split, forget=replace(split.forget, y=0 * split.forget.y + 6), retain=None)
-    assert METHODS["scar_self"](model, task, five, **QUICK).digest != found.digest
+    assert METHODS["scar_self"](model, task, five, stop="anchor", **QUICK).digest != found.digest
+    with pytest.raises(SettingError, match="stop must be one of forget, anchor, not 'retain'"):
+        METHODS["scar_self"](model, task, split, stop="retain")
 
 
 def test_scar_self_is_scar_on_the_anchors_of_the_class():
@@ -474,7 +477,7 @@ def test_scar_self_is_scar_on_the_anchors_of_the_class():
     model, task, split = small("classification")
     played = assigned_to(split, model, task, three=True)
     by_hand = replace(split, forget=replace(played, y=torch.full_like(played.y, 3)), anchor=assigned_to(split, model, task, three=False))
-    found = METHODS["scar_self"](model, task, split, **QUICK)
+    found = METHODS["scar_self"](model, task, split, stop="anchor", **QUICK)
     assert found.digest == METHODS["scar"](model, task, by_hand, shrinks=1, form="class", target=0.01, **QUICK).digest
     assert found.digest != METHODS["scar"](model, task, by_hand, shrinks=2, form="class", target=0.01, **QUICK).digest
 
@@ -489,8 +492,27 @@ def test_scar_self_refuses_what_it_cannot_see():
         METHODS["scar_self"](model, task, records, **QUICK)
 
 
-def test_scar_self_forgets_the_class_and_keeps_the_rest():
+@pytest.mark.parametrize(("reads", "steps"), [("forget", 2), ("anchor", 2)])
+def test_scar_self_stops_from_the_second_pass_on(reads, steps):
+    """Accuracy is never above 1: two passes of one batch, with two batches to distil each."""
+    model, task, split = small("classification")
+    attempt = unlearn("scar_self", model, task, split, stop=reads, target=1.0, ratio=2, epochs=5, batch_size=64)
+    assert attempt.meter.steps == 2 * steps
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scar_self_forgets_the_class_and_keeps_the_rest(seed):
+    """No retain set, and the stop reads the class itself: at most one record in a hundred is left. Its stand-ins are gone while half of the class is known."""
     model, task, split = toy("classification")
-    twin = after("scar_self", model, task, replace(split, retain=None, forget=split.forget.take([0])), lr=2e-3)
-    assert accuracy(twin, split.forget) < 0.7
+    alone = replace(split, retain=None)
+    twin = after("scar_self", model, task, alone, lr=2e-3, seed=seed)
+    assert accuracy(twin, split.forget) <= 0.01
     assert accuracy(twin, split.retain) > 0.97
+    early = after("scar_self", model, task, replace(alone, forget=split.forget.take([0])), lr=2e-3, stop="anchor", seed=seed)
+    assert 0.2 < accuracy(early, split.forget) < 0.85 and accuracy(early, split.retain) > 0.97
+
+
+def test_scar_self_says_when_the_class_is_still_known():
+    model, task, split = toy("classification")
+    attempt = unlearn("scar_self", model, task, split, epochs=2)
+    assert attempt.outcome == "partial" and "of the forgotten records after 2 epochs: raise epochs or lr" in attempt.reason

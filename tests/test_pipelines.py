@@ -163,7 +163,7 @@ def test_other_methods_run_on_a_pipeline(loaded, name):
     assert {n.split(".")[0] for n, v in found.model.state_dict().items() if not torch.equal(v, now[n])} == {"unet"}
 
 
-FEW = {"steps": 2, "batch_size": 2, "trajectories": 2, "path": 2}
+FEW = {"steps": 2, "batch_size": 2, "trajectories": 5, "path": 2}
 LAYERS = ("attn2.to_q", "attn2.to_k", "attn1.to_out.0", "mid_block.attentions.0.proj_in", "conv_in", "self_attn.q_proj", "mlp.fc1")
 """Linear layers and convolutions of the unet, and layers of the text encoders."""
 

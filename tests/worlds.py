@@ -250,7 +250,7 @@ def toy(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
     return model, task, replace(split, anchor=noise(400))
 
 
-def small(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
+def small(task_name: str, moe: bool = False, kind: str = "class") -> tuple[nn.Module, Task, Split]:
     """An untrained network with batch norm and dropout and 64 + 16 + 32 + 32 records: laws that need no memory run here in milliseconds."""
     if task_name == "causal_lm":
         model, task, split = small_language(moe)
@@ -259,7 +259,7 @@ def small(task_name: str, moe: bool = False) -> tuple[nn.Module, Task, Split]:
         model, task, split = OTHERS[task_name][0]()
         return copy.deepcopy(model), task, split
     w = world("digits" if task_name == "classification" else "diabetes")
-    task, split = w.task, w.split("class")
+    task, split = w.task, w.split("class" if kind == "class" or task_name != "classification" else "random")
     torch_rng = torch.get_rng_state()
     torch.manual_seed(1)
     if task_name == "classification":

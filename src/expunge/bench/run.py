@@ -24,7 +24,7 @@ from expunge.core.errors import SettingError
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task
-from expunge.engine.run import Attempt, unlearn
+from expunge.engine.run import GRADED, Attempt, unlearn
 from expunge.modalities.worlds import World, cache_folder, world
 from expunge.planning.outcome import TRIVIAL, patched
 from expunge.planning.plan import closeness, tuned
@@ -155,11 +155,12 @@ def resolve(label: str) -> tuple[str, dict[str, Any]]:
 
 
 def feasible(w: World, scenario: str, name: str) -> bool:
-    """Whether the method works on the world's task and has the parts it needs."""
-    record, have = METHODS[name], set(w.split(scenario).parts())
+    """Whether the method works on the world's task, is made for this kind of request and has the parts it needs."""
+    record, split = METHODS[name], w.split(scenario)
+    have = set(split.parts())
     if record.twin and not w.name.endswith(f"-{record.twin}"):
         return False
-    return name == "retrain" or (record.suits(w.task) and set(record.needs) <= have)
+    return name == "retrain" or (record.suits(w.task) and set(record.needs) <= have and bool(set(of(w.task).kinds(split)) & set(record.forgets)))
 
 
 def run_cell(
@@ -190,7 +191,7 @@ def run_cell(
         after = patched(original, attempt)
     ran, cpu = time.perf_counter() - start, 0.0 if method == NOTHING else time.process_time() - cpu
     cost = {**attempt.cost, "retrain_passes": retrain_passes(w, scenario)}
-    audited = attempt.outcome == "ok" or method == NOTHING
+    audited = attempt.outcome in GRADED or method == NOTHING
     brief = () if slow else of(w.task).bench[0]
     names = [n for n in brief if n in CHECKS]
     rows = audit(Probe(original, after, w.task, split, refs, seed, cost, scores), names, slow=slow) if audited else []

@@ -12,6 +12,7 @@ ValueError
     ├── GateError       a gate rule that cannot be read
     ├── JobError        a job whose process died at every try
     ├── ReportError     a report that is cut, changed, signed by another key, or about another patch or model
+    ├── JournalError    a checkpoint of a run cannot be written or removed: no space, or a folder that may not be written to
     ├── StoreError      a store of checkpoints that is damaged, changed, of another version, or of other data
     └── Diverged        weights or loss left their bounds; everything was rolled back
 """
@@ -64,6 +65,10 @@ class JobError(ExpungeError):
 
 class ReportError(ExpungeError):
     """A report is cut, was changed, is signed by another key, or is about another patch or model."""
+
+
+class JournalError(ExpungeError):
+    """A checkpoint of a run cannot be written or removed."""
 
 
 class StoreError(ExpungeError):

@@ -15,8 +15,8 @@ from expunge.core.edits import raw
 from expunge.core.errors import DataError, ExpungeError, PatchError
 
 
-def write(path: str | Path, data: bytes | str) -> Path:
-    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises PatchError when it cannot."""
+def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = PatchError) -> Path:
+    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises `error` when it cannot."""
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
     temporary = None
@@ -34,10 +34,10 @@ def write(path: str | Path, data: bytes | str) -> Path:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except OSError as why:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise PatchError(f"cannot write {path.name}: {error.strerror or error}; nothing was left half-written") from None
+        raise error(f"cannot write {path.name}: {why.strerror or why}; nothing was left half-written") from None
     return path
 
 

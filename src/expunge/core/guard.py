@@ -37,6 +37,8 @@ class Meter:
     steps: int = 0
     gradient: bool = False
     seen: dict[str, int] = field(default_factory=dict)
+    drawn: set[int] = field(default_factory=set)
+    """Ids of the forget records that were drawn at least once (their positions, where the data are not held in memory)."""
     paused: bool = False
 
     @property
@@ -75,8 +77,13 @@ def metered(task: Task, split: Split, meter: Meter) -> Task:
     def collate(data, index, generator) -> Batch:
         name = names.get(id(data), "other")
         meter.seen[name] = meter.seen.get(name, 0) + len(index)
+        if name == "forget":
+            meter.drawn.update((index if gone is None else gone[index]).tolist())
         if name == "other" and gone is not None and held(data):
-            meter.seen["forget"] = meter.seen.get("forget", 0) + int(torch.isin(data.ids[index], gone).sum())
+            mine = data.ids[index]
+            mine = mine[torch.isin(mine, gone)]
+            meter.seen["forget"] = meter.seen.get("forget", 0) + len(mine)
+            meter.drawn.update(mine.tolist())
         return task.collate(data, index, generator)
 
     def forward(model: nn.Module, batch: Batch) -> Out:
@@ -96,6 +103,21 @@ def metered(task: Task, split: Split, meter: Meter) -> Task:
         return value
 
     return replace(task, collate=collate, forward=forward, features=features)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a part a method worked on: `seen` of `of` things called `what`, and the way to more."""
+
+    seen: int
+    of: int
+    what: str
+    way: str = ""
+
+    @property
+    def share(self) -> float:
+        """Of 1."""
+        return self.seen / self.of if self.of else 1.0
 
 
 @dataclass
@@ -124,11 +146,28 @@ class Guard:
     """Reference values by digest (`remember.recall`); share one between guards and their runs share the values."""
     meter: Meter = field(default_factory=Meter)
     label: str = ""
+    coverage: dict[str, Coverage] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     best: tuple[float, dict[str, Tensor]] | None = None
     stopped: str = ""
     phase: int = 0
     started: float = field(default_factory=time.perf_counter)
+
+    def covered(self, part: str, *, seen: int, of: int, what: str = "records", way: str = "") -> None:
+        """A method says how much of a part of the request it worked on, where the records that it drew do not tell: less than all, and the run is `partial`.
+
+        what   what is counted ("prompts", "records taken out"); of two reports on one part under one word, the smaller share stands
+        way    what the user can do about it
+        """
+        mine, key = Coverage(seen, of, what, way), f"{part} {what}"
+        if key not in self.coverage or mine.share < self.coverage[key].share:
+            self.coverage[key] = mine
+
+    def doubt(self, why: str) -> None:
+        """A method's own measurement says that what it leaves does not act, as with a gate that stays shut: the run is `partial`, for that reason."""
+        if why not in self.doubts:
+            self.doubts.append(why)
 
     def check_loss(self, value: float, step: int, lr: float) -> None:
         """Raises Diverged before a step is taken with a loss that is not finite or beyond `max_loss`."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.core.errors import ExpungeError
+from expunge.core.errors import ExpungeError, JournalError
 from expunge.core.files import file_digest, write
 
 
@@ -73,12 +73,15 @@ class Journal:
         watch.phase += 1
 
     def clear(self) -> None:
-        """The run is finished and its patch is safe: its checkpoints, which hold the forgotten knowledge, go."""
-        for path in self.folder.glob("*.safetensors"):
-            if re.fullmatch(r"((phase|step)-[\d-]+|reference-[0-9a-f]{32})\.safetensors", path.name):
-                path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        """The run is finished and its patch is safe: its checkpoints, which hold the forgotten knowledge, go. Raises JournalError where they cannot."""
+        try:
+            for path in self.folder.glob("*.safetensors"):
+                if re.fullmatch(r"((phase|step)-[\d-]+|reference-[0-9a-f]{32})\.safetensors", path.name):
+                    path.unlink(missing_ok=True)
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        except OSError as error:
+            raise JournalError(f"cannot remove the checkpoints in {self.folder.name}, which hold what was forgotten: {error.strerror or error}") from None
 
     def _write(self, name: str, tensors: dict[str, Tensor], losses: list[float], watch: Any, **facts: Any) -> None:
         from safetensors.torch import save
@@ -88,7 +91,7 @@ class Journal:
         doc = {"identity": self.identity, "losses": losses, "meter": meter, "scores": watch.scores, "best": best, "stopped": watch.stopped, **facts}
         body = json.dumps(doc)
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        write(self.folder / f"{name}.safetensors", save(tensors, {"journal": body, "sha256": file_digest(body, tensors)}))
+        write(self.folder / f"{name}.safetensors", save(tensors, {"journal": body, "sha256": file_digest(body, tensors)}), JournalError)
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         from safetensors import SafetensorError, safe_open
@@ -119,6 +122,7 @@ class Journal:
         losses.extend(doc["losses"])
         for name, value in doc["meter"].items():
             setattr(watch.meter, name, value)
+        watch.meter.drawn = set(tensors["drawn"].tolist()) if "drawn" in tensors else set()
         watch.scores, watch.stopped = list(doc["scores"]), doc["stopped"]
         if doc["best"] is not None:
             watch.best = (doc["best"], {n[5:]: t for n, t in tensors.items() if n.startswith("best.")})
@@ -137,4 +141,5 @@ class Journal:
 
 def _state(session: Any, watch: Any) -> dict[str, Tensor]:
     best = {} if watch.best is None else {f"best.{n}": t for n, t in watch.best[1].items()}
-    return {**{f"net.{n}": t for n, t in session.tensors().items()}, **best, "rng": torch.get_rng_state()}
+    drawn = torch.tensor(sorted(watch.meter.drawn), dtype=torch.int64)
+    return {**{f"net.{n}": t for n, t in session.tensors().items()}, **best, "rng": torch.get_rng_state(), "drawn": drawn}

@@ -153,6 +153,8 @@ class Modality:
                 where that cannot be told
     preflight   (model, task, split): raises SplitError for data that the model cannot take
     fits        (model, split, which): the same for another model, named by `which`
+    kept        (model, task, split) -> how good the model is at what must stay, from 0 (chance, or a constant) to 1, read on at most some hundred records of
+                validation, else of retain; None where it cannot be read. A run that loses half of it is `harmed`
     validation  (model, task, split) -> (model -> score, larger is better, 0 at best, read on validation), or None: no tuning
     search      how the autopilot looks for the strength of a method
     rules       probe -> rules of the default gate, by row
@@ -186,6 +188,7 @@ class Modality:
     near: Callable[[Any], list[tuple[int, int, float]] | None] = _nothing
     preflight: Callable[[Any, Any, Any], None] = _nothing
     fits: Callable[[Any, Any, str], None] = _nothing
+    kept: Callable[[Any, Any, Any], float | None] = _nothing
     validation: Callable[[Any, Any, Any], Callable[[Any], float] | None] = _nothing
     search: Search = field(default_factory=Search)
     rules: Callable[[Any], dict[str, str]] = lambda probe: {}

@@ -7,11 +7,12 @@ data and a SHA-256 over all of it; with a key, an HMAC-SHA256 over that digest. 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,25 @@ class Patch:
         found, wanted = _digest(self.edits, model), self.meta.get("base")
         if wanted and found != wanted and not force:
             raise PatchError(f"patch was made for base {wanted[:8]}, this model is {found[:8]}: applied already, or another model?")
-        undo = []
+        undo: list[Edit] = []
+        self._write(model, undo)
+        inverse = tuple(reversed(undo))
+        return Patch(inverse, {"base": _digest(inverse, model), "inverse_of": self.meta.get("method", "")})
+
+    @contextlib.contextmanager
+    def tried(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Inside, the model is edited; outside, also after an exception, every bit is as it was. What the places hold is not checked, only names and shapes."""
+        self._fit(model, _named(model))
+        undo: list[Edit] = []
+        try:
+            self._write(model, undo)
+            yield model
+        finally:
+            Patch(tuple(reversed(undo)))._write(model, [])
+
+    def _write(self, model: nn.Module, undo: list[Edit]) -> None:
+        """Edit the model in place; before each edit, what restores it is added to `undo`."""
+        tensors = _named(model)
         with torch.no_grad():
             for edit in self.edits:
                 if isinstance(edit, Hook):
@@ -70,8 +89,6 @@ class Patch:
                     mask = edit.mask.to(t.device)
                     undo.append(Replace(edit.name, t.detach()[mask], edit.mask))
                     t[mask] = edit.values.to(t.device)
-        inverse = tuple(reversed(undo))
-        return Patch(inverse, {"base": _digest(inverse, model), "inverse_of": self.meta.get("method", "")})
 
     def _fit(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         names = [e.name for e in self.edits if isinstance(e, Hook)]

@@ -127,8 +127,10 @@ class Method:
         return self.settings(self.published)
 
     def expected(self, split: Split, settings: Mapping[str, Any]) -> tuple[float, float]:
-        """Examples forward and backward that a run with these settings will cost."""
-        return self.cost({name: len(part) for name, part in split.parts().items()}, settings)
+        """Examples forward and backward that a run with these settings will cost. Beside a part's size stands, as PART.different, how many different prompts
+        it holds, where it knows."""
+        sizes = {name: len(part) for name, part in split.parts().items()}
+        return self.cost(sizes | {f"{name}.different": part.different for name, part in split.parts().items() if hasattr(part, "different")}, settings)
 
     def suits(self, task: Task) -> bool:
         """Whether it works on the task: it names it, or the task's modality adopts it."""
@@ -150,6 +152,14 @@ class Method:
         for part, why in ({} if settings is None else self.asks(settings)).items():
             if getattr(split, part) is None:
                 raise SplitError(why.replace("METHOD", self.name))
+
+    def made_for(self, task: Task, split: Split) -> None:
+        """Raises SettingError if the request is of a kind that this method is not made for. Calling the method itself, unguarded, does not ask."""
+        asked = of(task).kinds(split)
+        if not set(asked) & set(self.forgets):
+            others = [m.name for m in METHODS.values() if m.suits(task) and set(asked) & set(m.forgets)]
+            raise SettingError(f"{self.name} is made to forget {' or '.join(self.forgets)}, and this request is for {' or '.join(asked)}; methods for that: "
+                               f"{', '.join(others) or 'none'}")  # fmt: skip
 
     def __call__(self, model: nn.Module, task: Task, split: Split, *, seed: int = 0, **given: Any) -> Patch:
         """Run the method; the model and the global RNG are left as they were. See `run.unlearn` for the guarded form."""

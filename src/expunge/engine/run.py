@@ -1,9 +1,15 @@
 """One guarded run of one method: whatever happens, it ends in one outcome.
 
 ok         weights moved, all finite; only this can be audited to a pass
-no_op      weights bit-identical, or no gradient reached the scope, or no forget batch was seen
+partial    part of the request was skipped or never seen, or the method's own measurement says that what it leaves does not act
+harmed     more than half of what the model was good for is gone, read on validation, else on retain
+no_op      weights bit-identical, or moved by rounding alone, or no gradient reached the scope, or no forget batch was seen
 diverged   loss or weights left their bounds; rolled back
-refused    the method found that it cannot work on this model or split
+refused    the method found that it cannot work on this model or split, or the model given holds values that are not finite
+failed     an exception that nobody foresaw, or checkpoints that cannot be written: those that stand are kept, and the same call goes on from them
+
+The reason says why, with figures. Of two that hold, the later in `GRADED` is the outcome, and the reason names both. KeyboardInterrupt and SystemExit pass
+through.
 """
 
 from __future__ import annotations
@@ -20,8 +26,8 @@ import torch
 from torch import nn
 
 from expunge.core.digest import model_digest
-from expunge.core.edits import Hook
-from expunge.core.errors import Diverged, ExpungeError, ScopeError, SplitError
+from expunge.core.edits import Hook, LowRank
+from expunge.core.errors import Diverged, ExpungeError, JournalError, ScopeError, SplitError
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
 from expunge.core.modality import of
@@ -29,12 +35,23 @@ from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
 from expunge.core.types import Split, Task, device_of, held
 
-OUTCOMES = ("ok", "no_op", "diverged", "refused")
+GRADED = ("ok", "partial", "harmed")
+"""Outcomes that leave a patch. That of a `partial` or `harmed` run is there to be looked at: it never passes a gate."""
+OUTCOMES = (*GRADED, "no_op", "diverged", "refused", "failed")
+
+ULPS = 4
+"""Units in the last place within which a weight counts as moved by rounding."""
+STILL = 1e-3
+"""Most that the loss of a forget record may change, in its own units, where weights moved by rounding alone."""
+MOST = 64
+"""Most forget records on which that is read."""
+LEAST = 0.05
+"""A loss of utility below this, of 1, is no harm, however little there was."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one run did. `patch` is there for the outcome `ok` alone."""
+    """What one run did. `patch` is there for the outcomes `ok`, `partial` and `harmed`; only that of an `ok` run may be released."""
 
     method: str
     settings: Mapping[str, Any]
@@ -62,11 +79,14 @@ def unlearn(
                 run leaves it as it was
     settings    the method's own; see METHODS[method].defaults
 
-    Raises SettingError, SplitError or ScopeError for bad input, before anything runs.
+    Raises SettingError, SplitError or ScopeError for bad input, also for a request of a kind that the method is not made for, before anything runs.
     """
     record: Method = METHODS[method]
     resolved = record.settings(settings)
     record.check(task, split)
+    record.made_for(task, split)
+    if broken := unsound(model):
+        return Attempt(method, resolved, seed, "refused", f"the model given holds values that are not finite, first in {broken}", None)
     preflight(model, task, split)
     watch = guard or Guard()
     watch.label, watch.progress = watch.label or method, watch.progress or progress
@@ -82,25 +102,37 @@ def unlearn(
         torch.cuda.reset_peak_memory_stats(device)
     else:
         resident = peak(anew=True)
-    start = time.perf_counter()
+    patch, start = None, time.perf_counter()
+
+    def measured() -> None:
+        watch.meter.seconds = time.perf_counter() - start
+        if device.type == "cuda":
+            watch.meter.memory = torch.cuda.max_memory_allocated(device)
+        elif resident:
+            watch.meter.resident = max(0, peak() - resident)
+
     try:
-        with watching(watch):
-            patch = record(model, task, split, seed=seed, **resolved)
-        outcome, reason = _judge(record, model, patch, watch)
+        try:
+            with watching(watch):
+                patch = record(model, task, split, seed=seed, **resolved)
+        finally:
+            measured()
+        outcome, reason = _judge(record, model, task, split, patch, watch)
+        if watch.journal is not None:
+            watch.journal.clear()
     except Diverged as error:
-        patch, outcome, reason = None, "diverged", f"{error}; rolled back"
+        outcome, reason = "diverged", f"{error}; rolled back"
+        if watch.journal is not None:
+            watch.journal.clear()
+    except JournalError as error:
+        outcome, reason = "failed", str(error)
     except ExpungeError as error:
-        patch, outcome, reason = None, "refused", str(error)
-    watch.meter.seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        watch.meter.memory = torch.cuda.max_memory_allocated(device)
-    elif resident:
-        watch.meter.resident = max(0, peak() - resident)
-    if where is not None and outcome == "refused":
-        _withdraw(where, there)
-    elif watch.journal is not None:
-        watch.journal.clear()
-    return Attempt(method, resolved, seed, outcome, reason, patch if outcome == "ok" else None, watch.meter)
+        outcome, reason = "refused", str(error)
+        if where is not None:
+            _withdraw(where, there)
+    except Exception as error:
+        outcome, reason = "failed", f"{type(error).__name__.lstrip('_')}: {next(iter(str(error).strip().splitlines()), 'no message')}"
+    return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter)
 
 
 def peak(anew: bool = False, process: Path = Path("/proc/self")) -> int:
@@ -132,15 +164,87 @@ def _withdraw(folder: Path, there: set[Path]) -> None:
         place.rmdir()
 
 
-def _judge(record: Method, model: nn.Module, patch: Patch, watch: Guard) -> tuple[str, str]:
+def unsound(model: nn.Module) -> str:
+    """Name of the first parameter or floating-point buffer that holds values that are not finite; empty where there is none."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return next((n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), "")
+
+
+def _judge(record: Method, model: nn.Module, task: Task, split: Split, patch: Patch, watch: Guard) -> tuple[str, str]:
+    """Outcome and reason of a run that ended. Raises Diverged for a patch that holds values that are not finite."""
     named, meter = dict(model.named_parameters()), watch.meter
+    for edit in patch.edits:
+        for t in () if isinstance(edit, Hook) else (edit.up, edit.down) if isinstance(edit, LowRank) else (edit.values,):
+            if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+                raise Diverged(f"{edit.name} holds values that are not finite; lower lr or set clip")
     if meter.steps and not meter.gradient:
         return "no_op", f"no gradient reached the scope in any step{_cut(model)}"
     if not any(isinstance(edit, Hook) or edit.name in named for edit in patch.edits):
         return "no_op", "weights are bit-identical: nothing was unlearned (is lr 0, or the step lost in rounding?)"
     if "forget" in record.needs and not meter.seen.get("forget"):
         return "no_op", "no forget batch was seen"
-    return "ok", watch.stopped
+    if _rounded(model, task, split, patch):
+        return "no_op", f"weights moved by rounding alone, at most {ULPS} units in the last place: nothing was unlearned (is lr far too small?)"
+    found = {"partial": _missed(record, split, watch), "harmed": _harm(model, task, split, patch)}
+    outcome = next((o for o in reversed(GRADED) if found.get(o)), "ok")
+    return outcome, "; ".join([*found["harmed"], *found["partial"], *([watch.stopped] if watch.stopped else [])])
+
+
+def _rounded(model: nn.Module, task: Task, split: Split, patch: Patch) -> bool:
+    """Whether no weight or buffer moved by more than ULPS units in the last place (of the weight, or of its tensor's root mean square where it is smaller),
+    and no forget record's loss by more than STILL."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for edit in patch.edits:
+        if isinstance(edit, Hook):
+            return False
+        w = tensors[edit.name].detach()
+        if not w.is_floating_point():
+            continue
+        scale, wide = w.double().square().mean().sqrt(), w.double()
+        if isinstance(edit, LowRank):
+            old, new = wide, (w + (edit.scale * (edit.up.to(w) @ edit.down.to(w))).view_as(w)).double()
+        else:
+            old, new = wide if edit.mask is None else wide[edit.mask.to(w.device)], edit.values.to(w.device).double()
+        if bool(((new - old).abs() > ULPS * torch.finfo(w.dtype).eps * old.abs().clamp(min=float(scale))).any()):
+            return False
+    if getattr(split.forget, "bare", False):  # prompts alone have no loss
+        return all(torch.finfo(tensors[e.name].dtype).eps < 1e-6 for e in patch.edits if tensors[e.name].is_floating_point())
+    before = _losses(model, task, split)
+    with patch.tried(model):
+        return bool(((_losses(model, task, split) - before).abs() <= STILL).all())
+
+
+def _losses(model: nn.Module, task: Task, split: Split) -> torch.Tensor:
+    """(N,) losses of the first MOST forget records."""
+    batches = task.batches(split.forget, min(MOST, len(split.forget)))
+    with quiet(model):
+        return task.forward(model, batches[0]).mean.detach().double().cpu()
+
+
+def _missed(record: Method, split: Split, watch: Guard) -> list[str]:
+    """What of the request a run did not work on, as methods report it, else by the forget records that were never drawn; and the method's own doubts."""
+    told = [f"worked on {c.seen} of {c.of} {part}{f': {c.way}' if c.way else ''}" for part, c in watch.coverage.items() if c.seen < c.of]
+    if "forget" in record.needs and not any(part.startswith("forget ") for part in watch.coverage):
+        asked = set(split.forget.ids.tolist() if held(split.forget) else range(len(split.forget)))
+        if seen := asked - watch.meter.drawn:
+            told.append(f"worked on {len(asked) - len(seen)} of {len(asked)} forget records: raise the budget" if watch.stopped else
+                        f"worked on {len(asked) - len(seen)} of {len(asked)} forget records: raise epochs or steps, or ask for fewer at a time")  # fmt: skip
+    return told + watch.doubts
+
+
+def _harm(model: nn.Module, task: Task, split: Split, patch: Patch) -> list[str]:
+    """Whether more than half of the modality's `kept` is lost, and LEAST at least; as a sentence with figures, or nothing."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), quiet(model):
+        before = of(task).kept(model, task, split)
+        if before is None or before < LEAST:
+            return []
+        with patch.tried(model):
+            after = of(task).kept(model, task, split)
+    if after is None or after >= before / 2 or before - after < LEAST:
+        return []
+    return [f"{max(0.0, after) / before:.0%} is left of what the model was good for (above chance, of 1: {before:.3f} before, {after:.3f} after); "
+            "push less hard: a smaller step, fewer epochs, or a retain loss"]  # fmt: skip
 
 
 def _cut(model: nn.Module) -> str:

@@ -53,6 +53,11 @@ class Pictures:
         return [str(row.get("prompt", "")) for row in self.rows]
 
     @property
+    def different(self) -> int:
+        """How many different prompts there are."""
+        return len({row.numpy().tobytes() for row in self.tokens})
+
+    @property
     def bare(self) -> bool:
         """Whether these are prompts alone, which have no loss."""
         return self.x is None

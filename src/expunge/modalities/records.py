@@ -10,8 +10,11 @@ from torch import nn
 
 from expunge.core.modality import of
 from expunge.core.stats import auc
-from expunge.core.types import Split, Task, absent
+from expunge.core.types import Split, Task, absent, spread
 from expunge.parts.reading import Scores, score
+
+MOST, FEW = 128, 100
+"""Most records that `kept` reads, and the fewest that say anything."""
 
 
 def removed(split: Split) -> list[int]:
@@ -21,7 +24,9 @@ def removed(split: Split) -> list[int]:
 
 
 def kinds(split: Split) -> tuple[str, ...]:
-    """ "class" where the request removes one, "records" else."""
+    """ "class" where the request removes one, "records" else; both where there is no retain, which alone could tell."""
+    if split.retain is None:
+        return ("records", "class")
     return ("class",) if removed(split) else ("records",)
 
 
@@ -48,6 +53,33 @@ def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Modul
         return -remains - 2 * max(0.0, utility(start) - utility(unseen))
 
     return validate
+
+
+def kept(model: nn.Module, task: Task, split: Split) -> float | None:
+    """What the model is good for, 0 for the best constant and 1 for no error: accuracy above the share of the commonest class, or the share of the targets'
+    variance that the predictions explain. Read on at most MOST records of validation, else of retain, without removed classes, and without targets beyond
+    those of retain; None where fewer than FEW are left, or all say the same."""
+    gone = of(task).removed(split)
+    for data in (split.validation, split.retain):
+        if data is None or not hasattr(data, "take") or not hasattr(data, "y"):
+            continue
+        stays = torch.isin(data.y, torch.tensor(gone)).logical_not().reshape(len(data), -1).all(1)
+        if data.y.is_floating_point() and split.retain is not None:
+            low, high = split.retain.y.amin(0), split.retain.y.amax(0)
+            stays &= ((data.y >= low) & (data.y <= high)).reshape(len(data), -1).all(1)
+        stays = stays.nonzero().squeeze(1)
+        if len(stays) < FEW:
+            continue
+        s = score(model, task, data.take(stays[spread(len(stays), MOST)]))
+        if s.labels is not None:
+            chance = float(s.labels.bincount().max()) / len(s.labels)
+            right = float(s.correct.float().mean())
+            return None if chance == 1 else (right - chance) / (1 - chance)
+        if s.target is None:
+            return None
+        spread_out = float((s.target - s.target.mean(0)).square().sum())
+        return None if spread_out == 0 else 1 - float((s.pred.reshape(s.target.shape) - s.target).square().sum()) / spread_out
+    return None
 
 
 def rules(p: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from expunge.core import guard
 from expunge.core.digest import model_digest
+from expunge.core.errors import JournalError
 from expunge.core.files import write
 
 
@@ -27,7 +28,7 @@ def recall(what: str, model: nn.Module, data: Any, make: Callable[[], dict[str, 
             if path is not None:
                 from safetensors.torch import save
 
-                write(path, save({n: t.contiguous() for n, t in found.items()}))
+                write(path, save({n: t.contiguous() for n, t in found.items()}), JournalError)
         watch.kept[key] = found
     return watch.kept[key]
 

@@ -36,7 +36,7 @@ def trivial(task: Task) -> dict[str, tuple[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Try:
-    """One attempt and its audit. Rows are there only for the outcome `ok`."""
+    """One attempt and its audit. Rows are there only where it left a patch; one that is `partial` or `harmed` is audited to be looked at, and never passes."""
 
     attempt: Attempt
     rows: tuple[Row, ...] = ()
@@ -101,7 +101,8 @@ class Verdict:
 
         p, chosen = self.probe, self.chosen
         given = p.after is not p.before  # a model that was handed in, by `audited`: it is what was read, with or without a patch
-        shown = chosen or next((t for t in reversed(self.tries) if given or (t.attempt.patch is not None and t.attempt.seed == p.seed)), None)
+        mine = [t for t in reversed(self.tries) if given or (t.attempt.patch is not None and t.attempt.seed == p.seed)]
+        shown = chosen or next((t for t in mine if t.attempt.outcome == "ok"), next(iter(mine), None))
         after = None if shown is None else p.after if given else patched(p.before, shown.attempt)
         return {
             "title": title, "asked": p.split.asked or f"{len(p.split.forget)} records", "version": __version__,

@@ -17,7 +17,7 @@ from expunge.core.guard import Guard, Meter
 from expunge.core.modality import of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
-from expunge.engine.run import preflight, unlearn
+from expunge.engine.run import GRADED, preflight, unlearn, unsound
 from expunge.planning.outcome import Try, Verdict, baselines, examined, patched, remarks
 
 KINDS = {"moe": "a mixture of experts"}
@@ -55,6 +55,7 @@ def plan(
         try:
             fixed = record.settings((settings or {}).get(record.name, {}))
             record.check(task, split, fixed, model)
+            record.made_for(task, split)
             if record.twin and model is None:
                 raise ModelError(f"{record.name} works on {KINDS[record.twin]} alone; name the model to see whether it is one")
             named = (settings or {}).get(record.name, {})
@@ -92,20 +93,23 @@ def forget(
     pool            shadow models (`audits.pool.shadows`), without which per-example attacks are left out
     stop            False: audit every method, choose the cheapest that passes. True also stops after the cheapest method when no check of
                     forgetting passed its self-test, as then nothing can pass; `methods` overrides that
+    A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
+    if broken := unsound(model):
+        raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)
     for number, reference in enumerate(references, 1):
         of(task).fits(reference, split, f"reference {number}")
     given = {name: METHODS[name].settings((settings or {}).get(name, {})) for name in {*methods, *(settings or {})}}
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
+        METHODS[name].made_for(task, split)
     p = Probe(model, model, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
-    kinds = set(of(task).kinds(split))
     order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
-    wanted = [m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate" and kinds & set(METHODS[m].forgets))]
+    wanted = [m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate")]
     nothing = blind(trials)
     validate, tries, best, kept = closeness(model, task, split), [], None, {}
     scales = scales or of(task).search.scales
@@ -115,27 +119,28 @@ def forget(
             name, model, task, split, validate, scales=scales, fixed=fixed, seed=seed, folder=folder, kept=kept, progress=progress,
             label=f"{name} ({number + 1}/{len(wanted)})",
         )  # fmt: skip
-        good = [t for t in runs if t.attempt.outcome == "ok"]
+        good = next((found for o in GRADED if (found := [t for t in runs if t.attempt.outcome == o])), [])
         if good:
             top = best_of(good)
             seen = examined(p, top.attempt, patched(model, top.attempt), trials, slow, checks)
             runs = [
-                replace(seen, score=t.score) if t is top else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
+                replace(seen, score=t.score)
+                if t is top
+                else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
+                if t.attempt.outcome == "ok"
+                else t
                 for t in runs
             ]
         tries += runs
         passing = [t for t in runs if t.passed]
         if passing and (best is None or passing[0].attempt.meter.passes < best.attempt.meter.passes):
             best = passing[0]
-        if stop and (best or (nothing and not methods and good)):
+        if stop and (best or (nothing and not methods and any(t.attempt.outcome == "ok" for t in good))):
             break
     reasons = (
         []
         if best
-        else (
-            [f"{t.attempt.method}: {'; '.join(t.reasons) or t.attempt.reason}" for t in tries if t.rows or t.attempt.outcome != "ok"]
-            or ["no feasible method for this task and split"]
-        )
+        else ([f"{t.attempt.method}: {told(t)}" for t in tries if t.rows or t.attempt.outcome != "ok"] or ["no feasible method for this task and split"])
     )
     notes = remarks(p, trials)
     if nothing and stop and not methods:
@@ -158,10 +163,18 @@ def tuned(
         attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**(fixed or {}), **change})
         if attempt.outcome == "refused" and "retain" in change:
             own = {k: v for k, v in change.items() if k != "retain"}
-            attempt = unlearn(name, model, task, split, seed=seed, guard=replace(watch, meter=Meter()), folder=where, **{**(fixed or {}), **own})
-        graded = validate(patched(model, attempt)) if validate and attempt.outcome == "ok" else None
+            attempt = unlearn(
+                name, model, task, split, seed=seed, guard=replace(watch, meter=Meter(), coverage={}, doubts=[]), folder=where, **{**(fixed or {}), **own}
+            )
+        graded = validate(patched(model, attempt)) if validate and attempt.patch is not None else None
         runs.append(Try(attempt, score=graded))
     return runs
+
+
+def told(t: Try) -> str:
+    """Why a try did not pass: what its run came to, where that was not ok, and what the gate said."""
+    ran = () if t.attempt.outcome == "ok" else (f"{t.attempt.outcome.replace('_', ' ')}: {t.attempt.reason}",)
+    return "; ".join((*ran, *t.reasons)) or t.attempt.reason
 
 
 def best_of(tries: Sequence[Try]) -> Try:

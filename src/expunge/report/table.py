@@ -200,7 +200,7 @@ def _outcomes(tries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def outcome(t: Mapping[str, Any]) -> str:
-    """`passed`, `not passed`, `not audited` or the run's own outcome (no_op, diverged, refused) in words."""
+    """`passed`, `not passed`, `not audited` or the run's own outcome (partial, harmed, no_op, diverged, refused, failed) in words."""
     if t.get("outcome", "ok") != "ok":
         return plain(t.get("outcome")).replace("_", " ")
     return "passed" if t.get("passed") is True else "not passed" if items(t.get("rows")) else "not audited"

@@ -90,6 +90,10 @@ def safe(
 
     graph   isolated (SISA), cliques of `clique` shards, safe (all may read shard 0, whose records cannot be asked to go), complete
     edges   pairs (i, j): i may read j; given, they are the graph
+
+    Differs  What is trained per shard is the model that is given, with `backbone=` on frozen features. The paper's InCA adapters (cross-attention of learnt
+             queries over a frozen transformer's tokens) and the prototype classifier that its prediction is joined with, since a small shard sees few
+             classes, are left out: its accuracies at hundreds of shards are not claimed. No code was published.
     """
     _positive(shards=shards, epochs=epochs)
     for edge in edges:

@@ -88,7 +88,7 @@ def _forget(s: State, rows: Tensor, r: Request, task: Task, counted: Task, train
     source = train.take(kept) if course.retain == "held" else s.memory.rows()
     retain = source if len(source) else None
     attempt = unlearn(course.method, s.model, task, Split(data, retain, asked=r.what), seed=seed, **course.settings)
-    if attempt.patch is None:
+    if attempt.outcome != "ok":
         raise ExpungeError(f"the stream stops: {course.method} could not forget {r.what} at {r.time}: {attempt.outcome}, {attempt.reason}")
     if any(isinstance(e, Hook) for e in attempt.patch.edits):
         raise SettingError(f"{course.method} leaves a guard, not weights: a stream needs a method that changes the weights")

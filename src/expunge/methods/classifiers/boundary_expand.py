@@ -9,9 +9,11 @@ Settings
     momentum      of SGD
     weight_decay  of the optimiser
     batch_size    examples per step
-    buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  A derived public code never removes the extra row; here it is gone before the patch is made. The shadow row starts with the layer's
-         own initialisation scale.
+    buffers       move (as published), freeze or recompute: what happens to batch-norm statistics
+Differs  Batch norm is trained on, as in the code, and its statistics are part of the patch. buffers=freeze keeps them and pushes harder: on a network of batch
+         norm on digits, a class, three seeds, 2 to 20 points of retain accuracy and 98 to 100 % forgotten, against at most 0.3 points and 66 to 80 %; on
+         random records 1 to 10 points against none, where little is forgotten. A derived public code never removes the extra row; here it is gone before the
+         patch is made. The shadow row starts with the layer's own initialisation scale.
 Check
     >>> import torch
     >>> round(float(torch.nn.functional.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([2]))), 4)
@@ -49,7 +51,7 @@ def boundary_expand(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     batch_size: int = 64,
-    buffers: str = "freeze",
+    buffers: str = "move",
     seed: int = 0,
 ) -> Patch:
     """See the module's docstring."""

@@ -15,9 +15,11 @@ Settings
     momentum      of SGD
     weight_decay  of the optimiser
     batch_size    examples per step
-    buffers       move, freeze or recompute: what happens to batch-norm statistics
-Differs  Labels are computed once. Where the step does not cross, the bound is doubled twice, then the runner-up is taken; the code keeps
-         the true label. Its lr of 1e-5 is for another network. Its PGD takes 5 steps of 8/255 in shifted pixels.
+    buffers       move (as published), freeze or recompute: what happens to batch-norm statistics
+Differs  Batch norm is trained on, as in the code, and its statistics are part of the patch. buffers=freeze, which others publish, keeps them: the same steps
+         then cost far more, on a network of batch norm on digits 31 to 68 points of retain accuracy on random records, three seeds, against 0.3 to 1.8, and 4
+         to 19 against 0.1 to 3.9 on a class. Labels are computed once. Where the step does not cross, the bound is doubled twice, then the runner-up is taken;
+         the code keeps the true label. Its lr of 1e-5 is for another network. Its PGD takes 5 steps of 8/255 in shifted pixels.
 Check
     >>> import torch; from torch import nn; from expunge.data.records.nearest import pgd; from expunge.modalities.classification.task import classification
     >>> batch = {"x": torch.tensor([[0.55, 0.50]]), "y": torch.tensor([0]), "i": torch.tensor([0])}
@@ -57,7 +59,7 @@ def _curvatures(model: nn.Module, task: Task, data) -> Tensor:
 @method(
     paper="arXiv:2303.11570", tasks=("classification",), needs=("forget",),
     cost=_cost, toy={"epochs": 5.0, "lr": 0.01},
-    published={"epochs": 10.0, "lr": 1e-05, "buffers": "move"}, place="code: TY-LEE-KR/Boundary-Unlearning-Code",
+    published={"epochs": 10.0, "lr": 1e-05}, place="code: TY-LEE-KR/Boundary-Unlearning-Code",
     lacks="it costs 8 to 41 points of retain accuracy in three of its four valid tables",
 )  # fmt: skip
 def boundary_shrink(
@@ -75,7 +77,7 @@ def boundary_shrink(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     batch_size: int = 64,
-    buffers: str = "freeze",
+    buffers: str = "move",
     seed: int = 0,
 ) -> Patch:
     """See the module's docstring."""

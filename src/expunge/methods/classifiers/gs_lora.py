@@ -1,4 +1,4 @@
-"""GS-LoRA: forget classes by a bounded ascent in low-rank adapters, of which a group lasso keeps few blocks alive; GS-LoRA++ adds prototypes.
+"""GS-LoRA: forget classes by a bounded ascent in low-rank adapters under a group lasso, which for alpha from 3 on keeps few blocks alive; ++ adds prototypes.
 
 Paper    Zhao et al., "Practical Continual Forgetting for Pre-trained Vision Models", T-PAMI 2026, arXiv:2501.09705; CVPR 2024, arXiv:2403.11530.
 Code     bjzhb666/GS-LoRA, MIT.
@@ -14,7 +14,7 @@ Settings
     bound_pro   D_forget beyond which nothing pushes; 0: 2 ln C
     bound       CE on forget beyond which nothing pushes; 0: 2 ln C for C classes (published: 110, for logits on a sphere of radius 64)
     beta        weight of the forget loss
-    alpha       weight of the group lasso
+    alpha       weight of the group lasso; at the published 1e-4, the default, no block dies
     penalty     proximal (group soft threshold, real zeros) or sqrt (the penalty is part of the loss, as published; nothing becomes exactly 0)
     warmup      share of all steps without the penalty
     layers      regular expression that names the linear layers to adapt
@@ -26,6 +26,9 @@ Settings
 Differs  A group is one block, found from module paths: the innermost ancestor whose name ends in a number, else the parent, else the layer; the code's list
          is hard-wired. sqrt has 1e-12 under the root. The published features of prototypes are embeddings before a CosFace head; here they are logits.
          The state with the best H on test records is the code's choice: it leaks. Here the last state stands, or the best on validation with a guard.
+         What the lasso prunes was measured on a transformer of six blocks (width 32, digits, one class, ten epochs): 6 of 6 blocks alive up to alpha=1, 4 at
+         3, 1 at 10 and at 30, none, and nothing forgotten, at 100; retain accuracy 99.7 % up to alpha=0.3, 98.4 % at 10 with one block, the class forgotten in
+         all. sqrt makes no exact zeros: at 0.1 all but one block have a norm below 0.005 and stay in the patch.
          EMA of the weights, RandAugment for prototypes and the tuning of beta and w_f per task are left out; w_r is not published per task.
 Check
     >>> from expunge.core.types import Out

@@ -43,6 +43,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from expunge.core import guard
 from expunge.core.errors import Diverged, SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
@@ -150,6 +151,8 @@ def lcodec(
                         e.params[name].copy_(value)
         if skipped == len(split.forget):
             raise Diverged(f"each removal costs more than drop={drop:g} of the accuracy on kept data; retrain, or raise drop or lam, or lower lr")
+    way = f"the other {skipped} cost more than drop={drop:g} of the accuracy on kept data and were put back; raise drop or lam, or lower lr"
+    guard.current().covered("forget", seen=len(split.forget) - skipped, of=len(split.forget), way=way)
     return replace(e.patch, meta={**e.patch.meta, "skipped": skipped})
 
 

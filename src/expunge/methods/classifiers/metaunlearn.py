@@ -229,6 +229,7 @@ def metaunlearn(
     if both := set(gone.tolist()) & set((split.retain.ids // stride).tolist()):
         raise SplitError(f"person {min(both)} stands in forget and in retain (stride {stride}); ask for all of a person's records, or set stride")
     support = one_each(split.forget, stride, torch.Generator().manual_seed(seed))
+    guard.current().covered("forget", seen=len(support), of=len((split.forget.ids // stride).unique()), what="persons")  # one image of each is the method
     h = learn(
         model, task, split.retain, split.validation, persons=len(support), stride=stride, epochs=epochs, lr=lr, meta_lr=meta_lr, hidden=hidden,
         dropout=dropout, weigh=weigh, keep=keep, batch_size=batch_size, seed=seed,

@@ -45,12 +45,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.core import files
+from expunge.core import files, guard
 from expunge.core.errors import DataError, SettingError, SplitError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
@@ -64,6 +65,8 @@ from expunge.parts.scopes.layers import everything
 from expunge.parts.updates.descend import descend
 
 FORMS = ("auto", "class", "records")
+HALF = 0.5
+"""Share of a removed class that may still be known when all epochs are over; above it, a run counts as partial."""
 
 
 def tukey(e: Tensor, delta: float) -> Tensor:
@@ -185,6 +188,19 @@ def scar(
     buffers: str = "freeze", seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
+    return pull(
+        model, task, split, lambda1=lambda1, lambda2=lambda2, temperature=temperature, delta=delta, gamma1=gamma1, gamma2=gamma2, shrinks=shrinks,
+        shared=shared, statistics=statistics, form=form, threshold=threshold, ratio=ratio, epochs=epochs, target=target, lr=lr, batch_size=batch_size,
+        buffers=buffers, seed=seed,
+    )  # fmt: skip
+
+
+def pull(
+    model: nn.Module, task: Task, split: Split, *, lambda1: float, lambda2: float, temperature: float, delta: float, gamma1: float, gamma2: float, shrinks: int,
+    shared: bool, statistics: str, form: str, threshold: float, ratio: int, epochs: int, target: float, lr: float, batch_size: int, buffers: str, seed: int,
+    read: Any = None, least: int = 1,
+) -> Patch:  # fmt: skip
+    """What the settings of scar mean. The stop reads the accuracy on `read`, records (x, y), in place of the forget set's, from the end of epoch `least` on."""
     if form not in FORMS or min(shrinks, ratio, epochs) < 1 or not temperature > 0 or not 0 < delta <= 1:
         raise SettingError(f"form must be one of {', '.join(FORMS)}, shrinks, ratio and epochs at least 1, temperature above 0, delta in (0, 1]")
     logits = outputs(model, task, split.anchor)
@@ -241,12 +257,18 @@ def scar(
         target = 0.01 if len(removed) == len(asked) else -1.0 if held is None else float(accuracy(held).mean())
     with edit(model, everything(model, buffers), stats=split.retain and task.batches(split.retain, 256)) as e:
         e.train()
-        weigh()
+        known = weigh()
         for epoch in range(epochs):
             played = [b for b in task.batches(split.forget, batch_size, seed=seed + 2 * epoch) for _ in range(ratio)]
             per = -(-len(surrogate) // batch_size)
             pairs = Paired(played, task.batches(surrogate, batch_size, epochs=len(played) / per, seed=seed + 2 * epoch + 1))
             descend(e, lambda pair: forget(pair[0]) + retain(pair[1]), pairs, lr=lr, optimizer="adam")
-            if weigh() <= target:
+            known = weigh()
+            known = known if read is None else float(accuracy(read).mean())
+            if known <= target and epoch + 1 >= least:
                 break
+        else:
+            if len(removed) == len(asked) and known > HALF:
+                which = "inputs that play the class" if read is None else "forgotten records"
+                guard.current().doubt(f"the model still knows {known:.1%} of the {which} after {epochs} epochs: raise epochs or lr")
     return e.patch

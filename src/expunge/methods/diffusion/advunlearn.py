@@ -22,7 +22,7 @@ Settings
     batch_size    states per update (of each part) and per step of an attack
     lr            step size of Adam
     guidance      of the trajectories
-    trajectories  of the frozen model, over the concept's different prompts (and as many over retained ones)
+    trajectories  of the frozen model, over the concept's different prompts (and as many over retained ones); 0: one for each of these, 20 to 256
     path          states per trajectory
 Differs  The code draws up to 50 guided states anew for every step of attack and update; here both take theirs from a few frozen trajectories. Its attack
          sums gradients over all of its steps and leaves the last one out, here each step has its own. Times are paired rightly (see esd). The code has one
@@ -50,7 +50,7 @@ from expunge.core.types import Batch, Paired, Split, drawn
 from expunge.methods.diffusion.esd import negated
 from expunge.modalities.diffusion.task import embedded_states, roomy, word_table
 from expunge.modalities.diffusion.trajectory import cost as followed
-from expunge.modalities.diffusion.trajectory import pool, squared
+from expunge.modalities.diffusion.trajectory import lines, pool, squared, worked
 from expunge.parts.scopes import attention
 from expunge.parts.updates.bilevel import attacked, attacks, bilevel, seek
 
@@ -60,7 +60,7 @@ ATTACKS, STARTS = ("adam", "sign", "nearest"), ("random", "latest")
 def cost(n, s) -> tuple[float, float]:
     """Passes of the pools and updates, and of the attacks."""
     forward, backward = followed(n, s)
-    inner = drawn(s["trajectories"] * s["path"], s["batch_size"], s["inner"] * attacks(s["steps"], round(s["warmup"] * s["steps"]), s["every"]))
+    inner = drawn(lines(n, s) * s["path"], s["batch_size"], s["inner"] * attacks(s["steps"], round(s["warmup"] * s["steps"]), s["every"]))
     return forward + inner, backward + inner
 
 
@@ -84,7 +84,7 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
 def advunlearn(
     model: nn.Module, task: Any, split: Split, *, part: str = "text", eta: float = 1.0, alpha: float = 1.0, tokens: int = 2, attack: str = "adam",
     start: str = "latest", copies: int = 4, inner: int = 4, inner_lr: float = 0.1, every: int = 1, warmup: float = 0.2, steps: int = 120,
-    batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+    batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 0, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     for name, value, known in (("attack", attack, ATTACKS), ("start", start, STARTS)):
@@ -96,9 +96,10 @@ def advunlearn(
         raise SettingError(f"{tokens} words more do not fit into every prompt of forget: choose fewer tokens, or shorter prompts")
     scope, table, idle = attention.part(model, part), word_table(model), round(warmup * steps)
     gone, states = pool(model, task, split.forget, trajectories, guidance=guidance, steps=path, seed=seed)
+    worked(split.forget, gone.tokens, len(gone))
     streams = [states.batches(gone, batch_size, steps, seed)]
     if alpha:
-        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
+        kept, others = pool(model, task, split.retain, len(gone), guidance=guidance, steps=path, seed=seed + 1)
         streams.append(others.batches(kept, batch_size, steps, seed + 1))
     tries = states.batches(gone, batch_size, max(1, inner * attacks(steps, idle, every)), seed + 2)
 

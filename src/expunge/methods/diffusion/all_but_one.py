@@ -15,7 +15,7 @@ Settings
     batch_size    states per update (of each part)
     lr            step size of Adam
     guidance      of the trajectories
-    trajectories  of the frozen model, over the concept's different prompts (and as many over retained ones)
+    trajectories  of the frozen model, over the concept's different prompts (and as many over retained ones); 0: one for each of these, 20 to 256
     path          states per trajectory
 Differs  Only the abstract was read, and no code is known: the guided prediction u + w g, of which g alone is to change while u is held, is the paper's; the
          losses, the stop-gradient and all defaults are a reconstruction. Without an anchor the alternative is the empty prompt: g*(a) = 0.
@@ -40,7 +40,7 @@ from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.types import Batch, Split, drawn
-from expunge.modalities.diffusion.trajectory import Pool, counterparts, follow, kept_times, squared, under, upto
+from expunge.modalities.diffusion.trajectory import Pool, counterparts, follow, kept_times, lines, squared, under, upto
 from expunge.modalities.pictures import Pictures
 
 
@@ -54,7 +54,7 @@ def replaced(null: Tensor, cond: Tensor, other: Tensor, *, rescale: bool = False
 
 
 def _cost(n, s) -> tuple[float, float]:
-    size, mine = s["trajectories"] * s["path"], s["trajectories"] * kept_times(s)
+    size, mine = lines(n, s) * s["path"], lines(n, s) * kept_times(s)
     seen = 2 * drawn(mine, s["batch_size"], s["steps"])
     forward, backward = seen + 2 * size + (mine if "anchor" in n else 0), seen if s["lam"] else seen / 2
     if "retain" in n and s["alpha"]:
@@ -70,7 +70,7 @@ def _cost(n, s) -> tuple[float, float]:
 )  # fmt: skip
 def all_but_one(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn", lam: float = 1.0, rescale: bool = False, latest: float = 1.0, alpha: float = 0.0,
-    steps: int = 100, batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+    steps: int = 100, batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 0, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if lam < 0 or alpha < 0 or not 0 < latest <= 1:

@@ -24,7 +24,7 @@ Settings
     width          channels of D's first layer
     latest         share of the noise time up to which states are used: x0 of later ones says little
     guidance       of the trajectories
-    trajectories   of the frozen model, over the anchor's different prompts (and as many over retained ones)
+    trajectories   of the frozen model, over the anchor's different prompts (and as many over retained ones); 0: one for each of these, 20 to 256
     path           states per trajectory
 Differs  The released code bends g_u by cos * g_r / ||g_r||, which is right for ||g_u|| = 1 alone (`surgery=released`), and its D also steps on the gradient
          that L_G leaves in it, which nearly cancels what it should learn; here no step of one sees the other's gradient. There D has batch norm and no
@@ -58,7 +58,7 @@ from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.session import edit, remembering
 from expunge.core.types import Batch, Paired, Split, device_of, drawn
-from expunge.modalities.diffusion.trajectory import counterparts, kept_times, pool, squared, upto
+from expunge.modalities.diffusion.trajectory import counterparts, kept_times, lines, pool, squared, upto, worked
 from expunge.parts.scopes import attention
 from expunge.parts.updates.combine import rule
 from expunge.parts.updates.descend import descend
@@ -120,7 +120,8 @@ def hidden(critic: nn.Module, stepper: torch.optim.Optimizer) -> dict[str, Tenso
 
 
 def _cost(n, s) -> tuple[float, float]:
-    size, mine, b = s["trajectories"] * s["path"], s["trajectories"] * kept_times(s), s["batch_size"]
+    many, b = lines(n, s, "anchor"), s["batch_size"]
+    size, mine = many * s["path"], many * kept_times(s)
     alone = int(s["warmup"] * s["steps"])
     states, rest = size if s["prior"] == "outputs" else n["retain"], (drawn(mine, b, s["steps"]), drawn(mine, b, alone))
     more = drawn(states, b, s["steps"]) - drawn(states, b, alone)
@@ -137,7 +138,7 @@ def _cost(n, s) -> tuple[float, float]:
 def doco(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn-kv", surgery: str = "project", strength: float = 1.0, alpha: float = 0.1,
     prior: str = "outputs", warmup: float = 0.25, steps: int = 300, batch_size: int = 32, lr: float = 1e-3, weight_decay: float = 0.01,
-    critic_lr: float = 5e-4, width: int = 32, latest: float = 1.0, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+    critic_lr: float = 5e-4, width: int = 32, latest: float = 1.0, guidance: float = 3.0, trajectories: int = 0, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if prior not in PRIORS or not 0 <= warmup < 1 or not 0 < latest <= 1 or width < 1:
@@ -152,8 +153,9 @@ def doco(
     states = upto(states, latest)
     tokens = counterparts(instead, split.anchor, split.forget)
     task.collate(split.forget, torch.arange(len(split.forget)), None)  # the run's meter counts whose prompts these are
+    worked(split.forget, tokens, len(instead))
     if prior == "outputs":
-        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
+        kept, others = pool(model, task, split.retain, len(instead), guidance=guidance, steps=path, seed=seed + 1)
         retained = others.batches(kept, batch_size, steps, seed + 1)
     else:
         retained = task.batches(split.retain, batch_size, epochs=steps / -(-len(split.retain) // batch_size), seed=seed + 1)

@@ -15,7 +15,7 @@ Settings
     batch_size    states per update (of each part)
     lr            step size of Adam
     guidance      of the trajectories
-    trajectories  of the frozen model, over the concept's different prompts (and as many over retained ones)
+    trajectories  of the frozen model, over the concept's different prompts (and as many over retained ones); 0: one for each of these, 20 to 256
     path          states per trajectory
 Differs  The paper samples anew for each update, up to the drawn time, with the model in training, and pairs a state with a time some 40 of 1000 noisier; the
          current code samples with the frozen model and pairs them rightly. Here all states of a few frozen trajectories are kept and drawn from in batches.
@@ -38,7 +38,7 @@ from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.types import Split
-from expunge.modalities.diffusion.trajectory import Pool, counterparts, follow, squared, under
+from expunge.modalities.diffusion.trajectory import Pool, counterparts, follow, lines, squared, under
 from expunge.modalities.diffusion.trajectory import cost as followed
 from expunge.modalities.pictures import Pictures
 
@@ -53,7 +53,7 @@ def negated(null: Tensor, cond: Tensor, eta: float) -> Tensor:
 def cost(n, s) -> tuple[float, float]:
     """Passes of `follow`, and of the anchor's prompts at the states."""
     forward, backward = followed(n, s)
-    return forward + (s["trajectories"] * s["path"] if s["base"] == "anchor" else 0), backward
+    return forward + (lines(n, s) * s["path"] if s["base"] == "anchor" else 0), backward
 
 
 @method(
@@ -63,7 +63,7 @@ def cost(n, s) -> tuple[float, float]:
 )  # fmt: skip
 def esd(
     model: nn.Module, task: Any, split: Split, *, part: str = "xattn", eta: float = 1.0, base: str = "null", alpha: float = 0.0, lora: int = 0,
-    steps: int = 100, batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25, seed: int = 0,
+    steps: int = 100, batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 0, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if base not in BASES:

@@ -21,7 +21,7 @@ Settings
     batch_size    noised pictures per update
     lr            step size of Adam
     guidance      of the trajectories that end in a concept's pictures
-    trajectories  of the frozen model for each concept
+    trajectories  of the frozen model for each concept; 0: one for each of its different prompts, 8 to 256
     path          steps per trajectory
 Differs  The code masks by a segmentation of its pictures: in its place stands the attention of the model before the adapter, layer by layer (mask). It makes 30
          wordings of each pair: here the prompts of the request are taken. Its preserved statistics are those of captions and of the concept's domain: here the
@@ -54,12 +54,15 @@ from expunge.core.types import Batch, Batches, Scope, Split, device_of, drawn
 from expunge.methods.diffusion.trce import beside
 from expunge.methods.diffusion.uce import preserved
 from expunge.modalities.diffusion.task import T
-from expunge.modalities.diffusion.trajectory import opened, pool
+from expunge.modalities.diffusion.trajectory import MANY, lines, many, opened, pool, worked
 from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.scopes.lora import off
 from expunge.parts.updates.descend import descend
 from expunge.parts.updates.ridge import Ridge, redirect
+
+FEW = 8
+"""Trajectories of a concept with fewer prompts."""
 
 
 def importance(t: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ def concepts(tokens: Tensor, own: Tensor) -> list[Tensor]:
 
 def pictured(model: nn.Module, task: Any, data: Pictures, n: int, guidance: float, path: int, seed: int) -> Pictures:
     """n pictures that the model draws for the prompts of `data`: where its trajectories end."""
-    named, at = pool(model, task, data, n, guidance=guidance, steps=path, seed=seed)
+    named, at = pool(model, task, data, many(n, data.different, FEW), guidance=guidance, steps=path, seed=seed)
     rows = (at.t == at.t.min()).nonzero().squeeze(1)
     x, _ = task.schedule.parted(at.xt[rows], at.null[rows] + guidance * (at.cond[rows] - at.null[rows]), at.t[rows])
     i = at.i[rows]
@@ -161,8 +164,9 @@ def cost(n, s) -> tuple[float, float]:
     """Passes for one concept: its trajectories, and the updates, each with one pass more for a mask."""
     if not s["steps"]:
         return 0, 0
-    seen = drawn(s["trajectories"], s["batch_size"], s["steps"])
-    return (1 if s["guidance"] == 1 else 2) * s["trajectories"] * s["path"] + seen * (2 if s["mask"] else 1), seen
+    each = lines(n, s, least=FEW)
+    seen = drawn(each, s["batch_size"], s["steps"])
+    return (1 if s["guidance"] == 1 else 2) * each * s["path"] + seen * (2 if s["mask"] else 1), seen
 
 
 @method(
@@ -172,7 +176,7 @@ def cost(n, s) -> tuple[float, float]:
 )  # fmt: skip
 def mace(
     model: nn.Module, task: Any, split: Split, *, preserve: float = 0.3, lam: float = 0.1, most: int = 1000, rank: int = 1, mask: float = 0.5,
-    focus: bool = False, steps: int = 100, batch_size: int = 8, lr: float = 1e-2, guidance: float = 3.0, trajectories: int = 8, path: int = 25, seed: int = 0,
+    focus: bool = False, steps: int = 100, batch_size: int = 8, lr: float = 1e-2, guidance: float = 3.0, trajectories: int = 0, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if not 0 <= mask < 1:
@@ -183,6 +187,7 @@ def mace(
     kept = preserved(model, split.retain, most if preserve else 0, seed)
     stay = [] if kept is None else [(kept, kept, preserve)]
     drawings = [pictured(model, task, bad.take(k), trajectories, guidance, path, seed + j) if steps else bad.take(k) for j, k in enumerate(each)]
+    worked(split.forget, torch.cat([d.tokens for d in drawings]) if drawings else bad.tokens[:0], len(drawings[0]) if drawings and steps else MANY)
     words = {row.numpy().tobytes(): mine for row, mine in zip(bad.tokens, own, strict=True)}
     times = importance(torch.arange(T)) if focus else torch.ones(T)
 

@@ -20,7 +20,7 @@ Settings
     batch_size    states per update
     lr            step size of Adam
     guidance      of the trajectories, other than 1
-    trajectories  of the frozen model, over the concept's different prompts
+    trajectories  of the frozen model, over the concept's different prompts; 0: one for each of these, 20 to 256
     path          states per trajectory
 Differs  The code samples some steps anew for each update with the adapter on; here all states are those of a few frozen trajectories, drawn once, and an
          update takes many, with one c~ each instead of four c~ for one state. Adam without warm-up or restarts. The code scales A, B and alpha of each adapter
@@ -62,7 +62,7 @@ from expunge.core.types import Batch, Split, device_of, drawn
 from expunge.methods.diffusion.esd import negated
 from expunge.modalities.diffusion.guards.permeable import cosine
 from expunge.modalities.diffusion.task import states
-from expunge.modalities.diffusion.trajectory import distinct, pool
+from expunge.modalities.diffusion.trajectory import distinct, lines, pool, worked
 from expunge.parts.adapters import adapt
 from expunge.parts.scopes import attention
 from expunge.parts.updates.descend import HALF, descend
@@ -74,7 +74,7 @@ ON = {"weight": torch.ones(1)}
 
 
 def _cost(n, s) -> tuple[float, float]:
-    size = s["trajectories"] * s["path"]
+    size = lines(n, s) * s["path"]
     seen, anchors = drawn(size, s["batch_size"], s["steps"]), s["anchors"] if s["la"] else 0
     return 2 * size + seen * (1 + 2 * anchors), seen * (1 + anchors)
 
@@ -93,7 +93,7 @@ def _asks(s) -> dict[str, str]:
 def spm(
     model: nn.Module, task: Any, split: Split, *, part: str = "attentions", rank: int = 1, eta: float = 1.0, la: float = 10.0, anchors: int = 1,
     anchoring: str = "random", calibrate: bool = True, steps: int = 100, batch_size: int = 32, lr: float = 1e-2, guidance: float = 3.0,
-    trajectories: int = 20, path: int = 25, seed: int = 0,
+    trajectories: int = 0, path: int = 25, seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     if anchoring not in ANCHORING:
@@ -105,6 +105,7 @@ def spm(
     with bare(model):
         features, config = gate(model, task, split, calibrate)
         gone, pooled = pool(model, task, split.forget, trajectories, guidance=guidance, steps=path, seed=seed)
+        worked(split.forget, gone.tokens, len(gone))
         with quiet(model):
             table = states(model, gone.tokens)
             others = states(model, distinct(split.retain)[0].tokens) if anchoring == "retain" and la else None

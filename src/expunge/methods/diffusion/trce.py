@@ -27,7 +27,7 @@ Settings
     batch_size    states per update (of each part)
     lr            step size of AdamW, weight decay 0.01
     guidance      of the trajectories; not 1
-    trajectories  of the frozen model, over the bad prompts; as many of the empty prompt, and of retained ones
+    trajectories  of the frozen model, over the bad prompts; as many of the empty prompt, and of retained ones; 0: one for each of these, 20 to 256
     path          states per trajectory
 Differs  The code finds the first end token by counting words: here by the tokens. It keeps states one step apart from their times, never clears the gradients
          of the second stage, and adds 0.01 to the keep term, which has no gradient: here states and times belong together, and each update follows its own
@@ -49,6 +49,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from expunge.core import guard
 from expunge.core.errors import SettingError
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
@@ -57,7 +58,7 @@ from expunge.core.session import Session, edit, remembering
 from expunge.core.types import Batch, Paired, Scope, Split, drawn
 from expunge.methods.diffusion.uce import preserved
 from expunge.modalities.diffusion.task import emptied, read, states
-from expunge.modalities.diffusion.trajectory import Pool, counterparts, distinct, pool, squared, under
+from expunge.modalities.diffusion.trajectory import Pool, counterparts, distinct, lines, pool, squared, under, worked
 from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.descend import descend
@@ -65,6 +66,9 @@ from expunge.parts.updates.ridge import redirect
 
 ACTIVE = "expunge_active"
 """Buffer of a run: (2,) the sum of the shares of active hinges, and of how many updates."""
+
+IDLE = 0.01
+"""Share of active hinges below which the second stage counts as having taught nothing."""
 
 
 def ends(tokens: Tensor) -> Tensor:
@@ -149,6 +153,7 @@ def hinge(n: Tensor, pref: Tensor, rej: Tensor, beta: float, margin: float) -> T
 def contrasts(model: nn.Module, task: Any, split: Split, push: float, early: float, guidance: float, n: int, path: int, seed: int) -> tuple[Pictures, Pool]:
     """Early states of the bad prompts' trajectories, with the preferred prediction in the place of `cond` and the rejected one in that of `null`."""
     gone, at = pool(model, task, split.forget, n, guidance=guidance, steps=path, seed=seed)
+    worked(split.forget, gone.tokens, len(gone))
     rows = (at.t >= task.schedule.path(path)[first(early, path) - 1]).nonzero().squeeze(1)
     at = Pool(at.xt[rows], at.t[rows], at.i[rows], at.cond[rows], at.null[rows])
     good = under(model, task, at, counterparts(gone, split.forget, split.anchor))
@@ -164,8 +169,8 @@ def cost(n, s) -> tuple[float, float]:
     """Passes: trajectories of bad, empty and retained prompts, what safe prompts and the model after the first stage say there, and the updates."""
     if not s["steps"]:
         return 0, 0
-    size, others = s["trajectories"] * s["path"], 2 if s["alpha"] else 1
-    short = s["trajectories"] * first(s["early"], s["path"])
+    size, others = lines(n, s) * s["path"], 2 if s["alpha"] else 1
+    short = lines(n, s) * first(s["early"], s["path"])
     seen = 2 * drawn(short, s["batch_size"], s["steps"]) + others * drawn(size, s["batch_size"], s["steps"])
     return seen + 2 * size + short + 2 * size + (3 * size if s["alpha"] else 0), seen
 
@@ -179,7 +184,7 @@ def cost(n, s) -> tuple[float, float]:
 def trce(
     model: nn.Module, task: Any, split: Split, *, start: float = 0.0, end: float = 1.0, last: float = 0.0, keyword: float = 0.0, preserve: float = 1e-4,
     lam: float = 1e-6, most: int = 1000, push: float = 15.0, beta: float = 1.0, margin: float = 0.01, early: float = 0.5, keep: float = 100.0,
-    alpha: float = 0.0, steps: int = 100, batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 20, path: int = 25,
+    alpha: float = 0.0, steps: int = 100, batch_size: int = 32, lr: float = 1e-3, guidance: float = 3.0, trajectories: int = 0, path: int = 25,
     seed: int = 0,
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
@@ -195,9 +200,10 @@ def trce(
     streams, active = [], torch.zeros(2, dtype=torch.double)
     if steps:
         streams.append(contrasts(model, task, split, push, early, guidance, trajectories, path, seed))
-        streams.append(pool(model, task, emptied(split.retain, task.null), trajectories, guidance=1.0, steps=path, seed=seed + 1))
+        many = len(streams[0][0])
+        streams.append(pool(model, task, emptied(split.retain, task.null), many, guidance=1.0, steps=path, seed=seed + 1))
         if alpha:
-            streams.append(pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 2))
+            streams.append(pool(model, task, split.retain, many, guidance=guidance, steps=path, seed=seed + 2))
 
     def loss(batches: tuple[Batch, ...]) -> Tensor:
         """(h(bad) + h("")) / 2 + keep || e("") - e1("") ||^2 + alpha || e(r) - e1(r) ||^2, the two h in one pass."""
@@ -223,4 +229,9 @@ def trce(
                 e.params[n].requires_grad_(False)
             steered = Session(model, {n: e.params[n] for n in two.masks}, dict(two.masks), e.buffers)
             descend(steered, loss, Paired(*batches), lr=lr, optimizer="adamw", weight_decay=0.01)
-    return replace(e.patch, meta={**e.patch.meta, "active": round(float(active[0] / active[1]), 4)}) if active[1] else e.patch
+    if not active[1]:
+        return e.patch
+    share = round(float(active[0] / active[1]), 4)
+    if share < IDLE:
+        guard.current().doubt(f"the second stage taught nothing in {1 - share:.1%} of its states: lower push or raise margin")
+    return replace(e.patch, meta={**e.patch.meta, "active": share})

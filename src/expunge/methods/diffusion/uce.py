@@ -35,7 +35,7 @@ from expunge.core.registry import method
 from expunge.core.session import edit
 from expunge.core.types import Split
 from expunge.modalities.diffusion.task import emptied, read, states
-from expunge.modalities.diffusion.trajectory import distinct
+from expunge.modalities.diffusion.trajectory import distinct, worked
 from expunge.modalities.pictures import Pictures
 from expunge.parts.scopes.attention import part
 from expunge.parts.updates.ridge import Ridge
@@ -67,6 +67,7 @@ def pairs(model: nn.Module, task: Any, split: Split, which: str) -> tuple[Tensor
     at = edited(forget.tokens, anchor.tokens, which)
     if not bool(at.any()):
         raise SettingError("the anchor's prompts are those of the concept: name another concept to draw instead")
+    worked(split.forget, forget.tokens[at.any(1)])
     there = edited(anchor.tokens, forget.tokens, which)
     there = torch.where(there.any(1, keepdim=True), there, at) if which == "last" else at
     with quiet(model):

@@ -34,7 +34,7 @@ from expunge.core.errors import SettingError
 from expunge.core.patch import Patch
 from expunge.core.registry import method
 from expunge.core.types import Split, Task
-from expunge.modalities.language.guards.gate import marker, place, trained
+from expunge.modalities.language.guards.gate import admit, marker, place, trained
 from expunge.modalities.language.guards.refuse import matches, packed
 from expunge.modalities.language.texts import Texts
 
@@ -80,6 +80,8 @@ def guardrail(
         "eos": tokenizer.eos_token_id,
         "marker": marker(split.forget, split.retain),
     }
+    if kind == "input":
+        admit(measured, "name what they share by targets, or take kind=output or probe")
     if kind != "probe":
         return Patch((Hook(name, "refuse", {"tokenizer": packed(tokenizer)}, {**config, "measured": measured}),))
     if split.retain is None:
@@ -106,7 +108,7 @@ def drawn(task: Task, split: Split, names: list[str]) -> dict[str, Any]:
     for part, data in (("forget", split.forget), ("retain", split.retain)):
         if data is None:
             continue
-        task.collate(data, torch.arange(min(len(data), 1)), None)
+        task.collate(data, torch.arange(len(data) if part == "forget" else 1), None)  # for the run's meter: every prompt of forget is read
         hits = [matches(str(row.get("question") or row.get("text", "")), names) for row in data.rows]
         out[part] = len(hits)
         out["false_negative" if part == "forget" else "false_positive"] = 1 - sum(hits) / len(hits) if part == "forget" else sum(hits) / len(hits)

@@ -39,7 +39,7 @@ from expunge.core.registry import method
 from expunge.core.session import Session
 from expunge.core.types import Split, Task
 from expunge.data.language.wrong import wrong_answers
-from expunge.modalities.language.guards.gate import features, marker, place, quantile
+from expunge.modalities.language.guards.gate import admit, features, marker, place, quantile
 from expunge.modalities.language.guards.gated import likeness, score, whiten
 from expunge.modalities.language.tuning import Tuning, aside, cost, tune
 from expunge.parts.adapters import stored
@@ -126,6 +126,7 @@ def detector(model: nn.Module, task: Task, split: Split, layer: int, false_posit
     low = float(own.min()) - 1.0 if others is None else quantile(score(*others, config), false_positives)
     high = max(float(own.sort().values[len(own) // 10]), low + LEAST)
     measured = {"false_negative": float((own <= low).float().mean()), "forget": len(own), "held": 0 if others is None else len(others[0])}
+    admit(measured, "raise false_positives, read another layer, or give retain prompts that are less like them")
     config |= {"low": low, "high": high, "threshold": low, "measured": measured}
     return {**{k: shape[k] for k in ("mean", "axes", "spread")}, "centre": centre, "prompts": prompts}, config
 

@@ -20,6 +20,7 @@ CLASSIFICATION = modality(
         kinds=later(f"{RECORDS}:kinds"),
         near=later("expunge.modalities.near:inputs"),
         preflight=later(f"{HERE}.task:preflight"),
+        kept=later(f"{RECORDS}:kept"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{HERE}.rules:rules"),
         options=OPTIONS,

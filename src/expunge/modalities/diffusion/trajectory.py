@@ -7,7 +7,7 @@ so all states of a few of them feed all updates. Kept by digest as long as the r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.core import guard
 from expunge.core.errors import ModelError, ScopeError, SettingError
 from expunge.core.guard import quiet
 from expunge.core.patch import Patch
@@ -29,6 +30,9 @@ from expunge.parts.updates.descend import descend
 
 CHUNK = 512
 """States asked at once."""
+
+FEW, MANY = 20, 256
+"""Trajectories where a run names no number: one for each different prompt, but at least and at most so many."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,32 @@ def distinct(data: Pictures) -> tuple[Pictures, Tensor]:
     return data.take(rows), rows
 
 
+def many(n: int, prompts: int, least: int = FEW) -> int:
+    """n trajectories, or for 0 as many as there are different prompts, at least `least` and at most MANY.
+
+    >>> many(0, 5), many(0, 30), many(0, 1000), many(3, 30)
+    (20, 30, 256, 3)
+    """
+    return n or max(least, min(prompts, MANY))
+
+
+def lines(n: Mapping[str, int], s: Mapping[str, Any], part: str = "forget", least: int = FEW) -> int:
+    """Trajectories of a run with these part sizes and settings: what a method's cost multiplies."""
+    return many(s["trajectories"], n.get(f"{part}.different", n[part]), least)
+
+
+def worked(forget: Pictures, used: Tensor, n: int = MANY) -> None:
+    """Tell the guard how many of the different prompts of a request are among those that a method worked on, `used` (K, L), with n trajectories."""
+    every, mine = ({row.numpy().tobytes() for row in tokens} for tokens in (forget.tokens, used))
+    way = f"raise trajectories to at least {len(every)}" if n < len(every) else "give each prompt an anchor of its own"
+    guard.current().covered("forget", seen=len(every & mine), of=len(every), what="prompts", way=way)
+
+
 def pool(model: nn.Module, task: Any, data: Pictures, n: int, *, guidance: float, steps: int, seed: int) -> tuple[Pictures, Pool]:
-    """All states of n trajectories, and the records that their prompts were taken from: the different prompts of `data` in turn (a draw of them by seed when
-    there are more than n). Costs 2 n `steps` examples forward."""
+    """All states of n trajectories (0: see `many`), and the records that their prompts were taken from: the different prompts of `data` in turn (a draw of them
+    by seed when there are more than n). Costs 2 n `steps` examples forward."""
     chosen, _ = distinct(data)
+    n = many(n, len(chosen))
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[torch.arange(n) % len(chosen)]
     data = replace(chosen.take(order), x=None, ids=seed * 1_000_003 + torch.arange(n))
     task.collate(chosen, order, None)  # the run's meter counts whose records these are
@@ -152,11 +178,13 @@ def follow(
     """
     scope = attention.part(model, part)
     gone, states = pool(model, task, data, trajectories, guidance=guidance, steps=path, seed=seed)
+    if data is split.forget:
+        worked(data, gone.tokens, len(gone))
     if made is not None:
         states = made(gone, states)
     streams = [states.batches(gone, batch_size, steps, seed)]
     if split.retain is not None and alpha:
-        kept, others = pool(model, task, split.retain, trajectories, guidance=guidance, steps=path, seed=seed + 1)
+        kept, others = pool(model, task, split.retain, len(gone), guidance=guidance, steps=path, seed=seed + 1)
         streams.append(others.batches(kept, batch_size, steps, seed + 1))
 
     def loss(pair: tuple[Batch, ...]) -> Tensor:
@@ -172,9 +200,9 @@ def follow(
     return e.patch
 
 
-def cost(n, s) -> tuple[float, float]:
-    """Passes of a method that calls `follow`: 2 per state drawn, and those of the updates."""
+def cost(n, s, part: str = "forget") -> tuple[float, float]:
+    """Passes of a method that calls `follow` on that part: 2 per state drawn, and those of the updates."""
     parts = 2 if "retain" in n and s["alpha"] else 1
-    size = s["trajectories"] * s["path"]
+    size = lines(n, s, part) * s["path"]
     seen = parts * drawn(size, s["batch_size"], s["steps"])
     return seen + parts * 2 * size, seen

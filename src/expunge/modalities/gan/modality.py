@@ -20,6 +20,7 @@ GAN = modality(
         "generators of GANs",
         later(f"{HERE}.task:gan"),
         near=later("expunge.modalities.near:inputs"),
+        kinds=later("expunge.modalities.records:kinds"),
         validation=later("expunge.modalities.records:validation"),
         rules=rules,
         worlds=("gan-digits",),

@@ -22,6 +22,9 @@ LEAST_EPOCHS = 10.0
 MOST = 64
 """Most retain records that a validation score reads."""
 
+READ = 32
+"""Most records on which `kept` reads what a run left."""
+
 
 def pace(model: nn.Module) -> dict[str, Any]:
     """AdamW with lr 0.1 / (features of a token), 1e-3 for a width of 100."""
@@ -42,6 +45,15 @@ def recipe(settings: Mapping[str, Any], split: Split) -> dict[str, Any]:
 def stride(settings: Mapping[str, Any], task: Task, model: nn.Module) -> float:
     """The step size that suits the model's width, ten times as large for LoRA."""
     return pace(model)["lr"] * (10.0 if settings.get("lora") else 1.0)
+
+
+def kept(model: nn.Module, task: Task, split: Split) -> float | None:
+    """Mean probability per token on retain, else on validation, at most READ records; None where there is neither. Retain comes first: of texts that no model
+    saw, a model that refuses what it forgot may well refuse some, too."""
+    data = split.retain if split.retain is not None else split.validation
+    if data is None:
+        return None
+    return float((-score(model, task, data.take(spread(len(data), READ))).nll).exp().mean())
 
 
 def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module], float] | None:

@@ -29,6 +29,7 @@ LANGUAGE = modality(
         near=later(f"{HERE}.near:texts"),
         preflight=later(f"{HERE}.texts:preflight"),
         fits=later(f"{HERE}.texts:fits"),
+        kept=later(f"{HERE}.autopilot:kept"),
         validation=later(f"{HERE}.autopilot:validation"),
         search=Search(
             (1.0, 0.3),

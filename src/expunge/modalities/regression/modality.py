@@ -18,6 +18,7 @@ REGRESSION = modality(
         relative=True,
         kinds=lambda split: ("records", "class", "range"),
         near=later("expunge.modalities.near:inputs"),
+        kept=later(f"{RECORDS}:kept"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{RECORDS}:rules"),
         options=OPTIONS,

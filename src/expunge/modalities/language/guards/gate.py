@@ -26,6 +26,9 @@ from expunge.modalities.language.texts import Texts
 LONGEST = 16
 """Most tokens of a marker."""
 
+SHUT = 0.5
+"""Share of the forget prompts that a gate may miss before its run counts as partial."""
+
 
 def marker(*parts: Texts | None) -> list[int]:
     """Tokens that all prompts of these texts end with, at most LONGEST; empty for raw texts, which have no prompt.
@@ -122,6 +125,14 @@ def linear(forget: Tensor, other: Tensor, held: Tensor, *, target: float, streng
     return Linear(weight, bias, threshold, measured)
 
 
+def admit(measured: dict[str, Any], way: str) -> None:
+    """Tell the guard of a run of a gate that stays shut for more than SHUT of the forget prompts, by its own measurement, and what can be done."""
+    if measured["false_negative"] > SHUT:
+        guard.current().doubt(
+            f"the gate stays shut for {measured['false_negative']:.1%} of the {measured['forget']} forget prompts that it was made for: {way}"
+        )
+
+
 def quantile(scores: Tensor, share: float) -> float:
     """The lowest of the scores (N,) that at most a share of them lies above.
 
@@ -150,6 +161,7 @@ def trained(model: nn.Module, task: Task, split: Split, layer: int, *, target: f
     fitted, held = halves(len(retain), seed)
     others = [retain[held]] if split.validation is None else [retain[held], features(model, task, split.validation, name, found)]
     line = linear(forget, retain[fitted], torch.cat(others), target=target)
+    admit(line.measured, "raise false_positives, or read another layer")
     return line, {"layer": name, "marker": found, "threshold": line.threshold, "measured": line.measured}
 
 
