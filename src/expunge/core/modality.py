@@ -90,11 +90,16 @@ class Request:
         return full
 
 
+def _unwritten(model: Any, path: Path) -> Path:
+    raise SettingError("models of this kind cannot be written by the command line")
+
+
 @dataclass(frozen=True)
 class Opened:
     """A request read: model, task, split, references, the model that is to be audited (or None), and what writes the result.
 
     release   (verdict, folder) -> the folder that was written, or None where there is nothing to write
+    write     (model, path without suffix) -> the file or folder that was written: a model of this kind in its own form
     """
 
     model: Any
@@ -103,6 +108,7 @@ class Opened:
     references: list[Any] = field(default_factory=list)
     after: Any = None
     release: Callable[[Any, Path], Path | None] = lambda verdict, folder: None
+    write: Callable[[Any, Path], Path] = _unwritten
 
 
 @dataclass(frozen=True)

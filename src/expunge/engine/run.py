@@ -60,6 +60,8 @@ class Attempt:
     reason: str
     patch: Patch | None
     meter: Meter = field(default_factory=Meter)
+    ran: bool = False
+    """Whether the method ran here; else method and settings are what a file says of itself."""
 
     @property
     def cost(self) -> dict[str, float]:
@@ -132,7 +134,7 @@ def unlearn(
             _withdraw(where, there)
     except Exception as error:
         outcome, reason = "failed", f"{type(error).__name__.lstrip('_')}: {next(iter(str(error).strip().splitlines()), 'no message')}"
-    return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter)
+    return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter, ran=True)
 
 
 def peak(anew: bool = False, process: Path = Path("/proc/self")) -> int:

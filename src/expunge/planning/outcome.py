@@ -15,6 +15,7 @@ from torch import nn
 
 from expunge.audits.core import Probe, Row, audit
 from expunge.audits.named import Named, grouped, named
+from expunge.audits.references import Refusal, believed
 from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
 from expunge.core.digest import model_digest
 from expunge.core.modality import of
@@ -62,6 +63,8 @@ class Verdict:
     probe: Probe
     baselines: Mapping[str, list[Row]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    """References that were not believed."""
 
     @property
     def doubts(self) -> list[str]:
@@ -109,7 +112,7 @@ class Verdict:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
             "task": p.task.name, "parts": {n: len(part) for n, part in p.split.parts().items()}, "references": len(p.references),
-            "assurance": METHODS[shown.attempt.method].assurance if shown and shown.attempt.method in METHODS else "approximate",
+            **assured(shown), "refused": [asdict(r) for r in self.refused],
             "near": copies(p),
             "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
             "verdict": {"passed": self.passed, "reasons": list(self.reasons)},
@@ -169,6 +172,14 @@ def copies(p: Probe) -> dict[str, Any] | None:
     return {"n": len(found), "pairs": [list(pair) for pair in found[:LISTED]], "compared": {"forget": len(rows), "retain": len(retain)}}
 
 
+def assured(shown: Try | None) -> dict[str, str]:
+    """`assurance`: what a method that ran here can claim. What a file says of itself is `claimed` alone, unless it says less."""
+    if shown is None or shown.attempt.method not in METHODS:
+        return {"assurance": "approximate"}
+    says = METHODS[shown.attempt.method].assurance
+    return {"assurance": says} if shown.attempt.ran or says in ("approximate", "suppression") else {"assurance": "approximate", "claimed": says}
+
+
 def patched(model: nn.Module, attempt: Attempt) -> nn.Module:
     """A copy of the model with the attempt's patch applied."""
     twin = copy.deepcopy(model)
@@ -185,24 +196,34 @@ def reversible(model: nn.Module, attempt: Attempt) -> bool:
 
 
 def audited(
-    before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), rules: Mapping[str, str] | None = None,
+    before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
     seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
 ) -> Verdict:  # fmt: skip
     """Audit one candidate: self-test of the rules, all rows, verdict, named checks.
 
+    references models that never saw the forget set, or records of them (`parts.provenance.Reference`); each is checked before it is believed
     attempt    how it came about, if it was a run of `unlearn` or a loaded patch
     pool       shadow models (`audits.pool.shadows`), without which per-example attacks are left out
     forgotten  the same after the method made them forget (`audits.pool.forgotten`), for U-LiRA
     slow       False leaves out checks and baselines that train, but for those the gate reads
     """
     preflight(before, task, split)
-    for which, model in (("the model after", after), *((f"reference {k}", r) for k, r in enumerate(references, 1))):
-        of(task).fits(model, split, which)
-    p = Probe(before, after, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
+    of(task).fits(after, split, "the model after")
+    kept, refused = trusted(Probe(before, after, task, split, seed=seed), references)
+    p = Probe(before, after, task, split, kept, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
     one = examined(p, attempt or Attempt("given", {}, seed, "ok", "", None), after, trials, slow)
-    return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, baselines(p, rules, slow=slow), remarks(p, trials))
+    return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, baselines(p, rules, slow=slow),
+        remarks(p, trials, refused), tuple(refused))  # fmt: skip
+
+
+def trusted(p: Probe, references: Sequence[Any]) -> tuple[tuple[nn.Module, ...], list[Refusal]]:
+    """(models of the references that are believed, those that are not). Raises SplitError for a believed one that cannot take the data."""
+    kept, refused = believed(p, references)
+    for r in kept:
+        of(p.task).fits(r.model, p.split, r.name)
+    return tuple(r.model for r in kept), refused
 
 
 def examined(p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial], slow: bool = True, checks: Sequence[str] = ()) -> Try:
@@ -229,13 +250,14 @@ def baselines(p: Probe, rules: Iterable[str], checks: Sequence[str] = (), *, slo
     return {label: _rows(q, rules, False, checks) for label, q in models.items()}
 
 
-def remarks(p: Probe, trials: Iterable[Trial]) -> tuple[str, ...]:
-    """Sentences for a report: rules that could not be used, and what is not claimed without references."""
+def remarks(p: Probe, trials: Iterable[Trial], refused: Sequence[Refusal] = ()) -> tuple[str, ...]:
+    """Sentences for a report: rules that could not be used, references that were not believed, and what is not claimed without any."""
     found = [
         f"{t.name}: unusable here (the model that must fail reads {t.original}, a retrained one {t.retrained or 'none at hand'})"
         for t in trials
         if not t.usable
     ]
+    found += [f"{r.name} was not believed: {r.why}" for r in refused]
     if not p.references:
         found.append("No retrained reference was at hand: nothing is claimed about closeness to a model that never saw the records.")
     return tuple(found)

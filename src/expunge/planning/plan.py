@@ -18,7 +18,7 @@ from expunge.core.modality import of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import GRADED, preflight, unlearn, unsound
-from expunge.planning.outcome import Try, Verdict, baselines, examined, patched, remarks
+from expunge.planning.outcome import Try, Verdict, baselines, examined, patched, remarks, trusted
 
 KINDS = {"moe": "a mixture of experts"}
 """What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
@@ -75,14 +75,15 @@ def closeness(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module
 
 
 def forget(
-    model: nn.Module, task: Task, split: Split, *, references: Sequence[nn.Module] = (), methods: Sequence[str] = (),
+    model: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
 
-    references      models retrained without the forget set, at least three for the self-test of KLOM
+    references      models retrained without the forget set (or records of them, `parts.provenance.Reference`), at least three for the self-test of KLOM; each
+                    is checked before it is believed
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user. Such a method is run once, as given, but for texts where `lr` is none of them: then the
                     step size is searched for, and what is not named is as the autopilot has it
@@ -99,13 +100,12 @@ def forget(
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)
-    for number, reference in enumerate(references, 1):
-        of(task).fits(reference, split, f"reference {number}")
     given = {name: METHODS[name].settings((settings or {}).get(name, {})) for name in {*methods, *(settings or {})}}
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
         METHODS[name].made_for(task, split)
-    p = Probe(model, model, task, split, tuple(references), seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
+    believed, refused = trusted(Probe(model, model, task, split, seed=seed), references)
+    p = Probe(model, model, task, split, believed, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
     order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
@@ -142,10 +142,10 @@ def forget(
         if best
         else ([f"{t.attempt.method}: {told(t)}" for t in tries if t.rows or t.attempt.outcome != "ok"] or ["no feasible method for this task and split"])
     )
-    notes = remarks(p, trials)
+    notes = remarks(p, trials, refused)
     if nothing and stop and not methods:
         notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
-    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes)
+    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes, tuple(refused))
 
 
 def tuned(

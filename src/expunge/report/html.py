@@ -147,6 +147,7 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "passed": good, "reasons": reasons, "trials": trials, "usable": sum(t["usable"] == "yes" for t in trials),
         "parts": [(plain(n) if name in PARTS else "", PARTS.get(name, f"{plain(name)}: {plain(n)}")) for name, n in mapping(document.get("parts")).items()],
         "chosen": _try(chosen) if chosen else None, "patch": {k: plain(chosen.get(k)) for k in ("patch", "digest")}, "places": _count(chosen.get("places")),
+        "claimed": plain(document.get("claimed")),
         "meaning": ASSURANCE.get(str(document.get("assurance")), UNSTATED), "suppression": document.get("assurance") == "suppression",
         "references": _references(document.get("references")), "limits": LIMITS, "unclaimed": UNREFERENCED,
         "required": _required(mapping(document.get("rules")), rows if chosen else None, trials), "grouped": _grouped(trials, rows),

@@ -20,6 +20,7 @@ from expunge.modalities.diffusion import release as adapters
 from expunge.modalities.diffusion.pipelines import Pipeline
 from expunge.modalities.diffusion.task import Painting, draw
 from expunge.modalities.pictures import Pictures
+from expunge.parts.provenance import referred
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a painting of {}", "a drawing of {}")
 OTHERS = ("a picture showing {}", "{}, in detail", "one {}")
@@ -143,7 +144,7 @@ def read(request: Request) -> Opened:
         raise SettingError("--drawings is how many a judge looks at: name one with --judge")
     kept, dtype = given["retain"], given["dtype"]
     found, split = prepare(request.path(request.model), request.what, given["anchor"], f"@{request.path(kept[1:])}" if kept[:1] == "@" else kept, dtype=dtype)
-    references = [opened(found, request.path(r), dtype) for r in request.references]
+    references = [referred(opened(found, request.path(r), dtype), request.path(r)) for r in request.references]
     after = opened(found, request.path(request.after or request.model), dtype) if request.audit else None
     task = found.task
     if given["judge"]:

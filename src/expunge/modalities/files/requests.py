@@ -14,6 +14,7 @@ from expunge.core.errors import RecipeError, SettingError
 from expunge.core.modality import Opened, Request, named
 from expunge.core.types import Split, Task
 from expunge.modalities.files import models, readers, selectors
+from expunge.parts.provenance import referred
 
 
 def share(validation: str) -> float:
@@ -57,9 +58,10 @@ def read(request: Request, task: str) -> Opened:
         if not request.options[name]:
             raise SettingError(f"--{name} is missing")
     model = load(replace(request, after=""))
-    after = load(request) if request.audit else None
+    after = load(request) if request.audit or request.after else None
     made: Task = named(task).task()
-    return Opened(model, made, split(request, task), [load(replace(request, after=r)) for r in request.references], after)
+    references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
+    return Opened(model, made, split(request, task), references, after, write=lambda net, path: models.save_state(net, path.with_suffix(".safetensors")))
 
 
 def load(request: Request) -> nn.Module:

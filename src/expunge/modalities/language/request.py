@@ -21,6 +21,7 @@ from expunge.modalities.language.records.format import Format, split, windows
 from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
+from expunge.parts.provenance import referred
 
 PARTS = ("forget", "retain", "test", "validation", "anchor", "general")
 
@@ -78,13 +79,13 @@ def read(request: Request) -> Opened:
         request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, template=given["template"], mask=given["mask"],
         max_length=given["max_length"], dtype=dtype, validation=part, within=within,
     )  # fmt: skip
-    references = [load(replace(request, after=r)) for r in request.references]
-    after = load(request) if request.audit else None
+    references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
+    after = load(request) if request.audit or request.after else None
 
     def release(verdict: Any, folder: Path) -> Path | None:
         return released(verdict, model, tokenizer, folder, form=given["form"], base=request.model)
 
-    return Opened(model, task, found, references, after, release)
+    return Opened(model, task, found, references, after, release, lambda net, path: checkpoints.save(net, tokenizer, path))
 
 
 def load(request: Request) -> nn.Module:

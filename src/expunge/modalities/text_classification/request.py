@@ -20,6 +20,7 @@ from expunge.modalities.text_classification import checkpoints
 from expunge.modalities.text_classification.task import text_classification
 from expunge.modalities.text_classification.texts import identified, numbered, records
 from expunge.modalities.text_classification.texts import read as read_file
+from expunge.parts.provenance import referred
 
 
 def read(request: Request) -> Opened:
@@ -38,7 +39,7 @@ def read(request: Request) -> Opened:
     def release(verdict: Any, folder: Path) -> Path | None:
         return None if verdict.chosen is None else checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, folder)
 
-    return Opened(model, text_classification(tokenizer), found, [load(r) for r in request.references], after, release)
+    return Opened(model, text_classification(tokenizer), found, [referred(load(r), request.path(r)) for r in request.references], after, release)
 
 
 def files(request: Request) -> dict[str, list[dict[str, Any]]]:
