@@ -73,9 +73,9 @@ def evened(model: nn.Module, rows: bool, biases: bool, only: Tensor | None = Non
     None where it has nothing of the kind.
 
     >>> layer = nn.Linear(1, 2)
-    >>> _ = layer.weight.data.copy_(torch.tensor([[1.0], [3.0]])), layer.bias.data.copy_(torch.tensor([1.0, 5.0]))
+    >>> _ = layer.weight.data.copy_(torch.tensor([[1.0], [4.0]])), layer.bias.data.copy_(torch.tensor([2.0, 8.0]))
     >>> {n: t.flatten().tolist() for n, t in evened(nn.Sequential(layer), True, True).items()}
-    {'0.weight': [2.0, 2.0], '0.bias': [2.6666666269302368, 2.6666666269302368]}
+    {'0.weight': [2.5, 2.5], '0.bias': [5.0, 5.0]}
     """
     found = last(model)
     bias = None if found is None else getattr(found[1], "bias", None)

@@ -7,7 +7,7 @@ last layer even, and all is there. A model that was retrained without the record
     repair.free.none        no repair                              repair.free.biases, .rows, .even    biases, norms of rows of the last layer made equal, both
     repair.free.calibrated  each logit's mean on kept records taken off
     repair.free.weights     at most FREE of the weights put back   repair.free.row, .head   the rows of what was removed, the last layer put back
-    repair.free.rank        the largest part of rank 4 of each matrix's change taken out (texts)   repair.free.bare    guards off
+    repair.free.rank        the largest part of rank 4 of each matrix's change taken out (texts)   repair.free.bare    guards, hooks off
     repair.weights          smallest share of all weights that brings back half; repair.weights.count: how many they are
     repair.odds             AUC of the log-odds of a removed class between its records and kept ones, above retrained models: no shift of a logit changes it
     repair.odds.recall      the same for the share of its records above all but SPILL of the kept ones: what the best shift of its logit brings back
@@ -113,8 +113,8 @@ def _mended(p: Probe, r: Reading) -> list[Row]:
     """Repairs that write new numbers into the last layer, or take guards off."""
     outer = mend.last(p.after)
     rows: list[Row | None] = [regained(p, r, "repair.free.none", lambda m: _plain(p, r, m), "no repair")]
-    if p.split.forget is not None and guards(p.after):
-        rows.append(regained(p, r, "repair.free.bare", lambda m: _bare(p, r, m), "guards off"))
+    if guards(p.after) or hooks(p.after) > hooks(p.before):
+        rows.append(regained(p, r, "repair.free.bare", lambda m: _bare(p, r, m), "guards and hooks off"))
     if outer is None or (r.how == "losses" and p.scores("before", "forget").logits is None):
         return [row for row in rows if row]
     only = _tokens(p) if r.how == "tokens" else None
@@ -134,9 +134,24 @@ def _plain(p: Probe, r: Reading, model: nn.Module) -> Scores:
     return _once(p, r, "none", model, lambda: score(model, p.task, r.data))
 
 
+def hooks(model: nn.Module) -> int:
+    """How many hooks stand on a model's forward pass."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
 def _bare(p: Probe, r: Reading, model: nn.Module) -> Scores:
-    with bare(model):
+    """What the weights themselves say: the model without its guards, and without hooks where the original has none."""
+    if hooks(p.before):
+        with bare(model):
+            return score(model, p.task, r.data)
+    standing = [(d, dict(d)) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
+    try:
+        for d, _ in standing:
+            d.clear()
         return score(model, p.task, r.data)
+    finally:
+        for d, kept in standing:
+            d.update(kept)
 
 
 def _once_under(p: Probe, r: Reading, label: str, make: Callable[[nn.Module], mend.New | None], model: nn.Module) -> Scores | None:
