@@ -36,7 +36,7 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {"classification": sabotage.FAMIL
 HALVES = {"classification": sabotage.HALVES, "causal_lm": sabotage_texts.HALVES}
 """Task -> its tricks in two halves: limits are chosen on the first, tested on the second."""
 
-GRID, BUDGET = 5, 11
+GRID, BUDGET = 5, 9
 """Strengths that are tried first, and how often a gate may be asked in all."""
 
 LIGHT = 0.1
@@ -81,13 +81,18 @@ class Cheat:
         return self.passed and self.left >= HALF
 
 
-def search(name: str, family: Family, build: Build, gate: Gate, knowledge: Knowledge, touched: Callable[[nn.Module], float], budget: int = BUDGET) -> Cheat:
+def search(
+    name: str, family: Family, build: Build, gate: Gate, knowledge: Knowledge, touched: Callable[[nn.Module], float] = lambda model: math.nan,
+    budget: int = BUDGET, sure: Callable[[nn.Module], bool] = lambda model: True,
+) -> Cheat:  # fmt: skip
     """The first strength that passes with enough left; if there is none, the one that came nearest (passed first, then least short).
+
+    sure    a slower form of the gate, asked of what the gate takes and of which enough is left
 
     GRID strengths apart by one ratio, then the middle of the widest interval beside the nearest one, until `budget` calls are made. Deterministic.
 
     >>> trick = Family(lambda *a: None, 1.0, 100.0, "")
-    >>> c = search("x", trick, lambda s: s, lambda m: Heard(20 <= m <= 24, abs(m - 22)), lambda m, f: (1.0, "all"), lambda m: 0.0, 12)
+    >>> c = search("x", trick, lambda s: s, lambda m: Heard(20 <= m <= 24, abs(m - 22)), lambda m, f: (1.0, "all"), budget=12)
     >>> c.found, round(c.strength)
     (True, 24)
     """
@@ -109,6 +114,8 @@ def search(name: str, family: Family, build: Build, gate: Gate, knowledge: Knowl
         model = build(math.exp(u))
         heard = gate(model)
         left, by = knowledge(model, family) if heard.passed else (math.nan, "")
+        if heard.passed and left >= HALF and not sure(model):
+            heard = replace(heard, passed=False, short=1e-6)
         tried[u] = Cheat(name, math.exp(u), heard.passed, left, by, touched(model), len(tried) + 1, heard.said)
         short[u] = heard.short
         if tried[u].found:
@@ -118,20 +125,22 @@ def search(name: str, family: Family, build: Build, gate: Gate, knowledge: Knowl
 
 
 def missed(rows: Sequence[Row], rules: Mapping[str, str]) -> float:
-    """Sum over the rules of how far the worse end lies outside, at most 1 each; a missing row counts 1."""
+    """Sum over the rules of log(1 + how far the worse end lies outside), at most 10 each, as for a row that is missing."""
     by_name, total = {r.name: r for r in rows}, 0.0
     for name, rule in rules.items():
         low, high = bounds(rule)
         row = by_name.get(name)
         far = math.inf if row is None or math.isnan(row.value) else max(row.high - high, low - row.low, 0.0)
-        total += min(1.0, far)
+        total += min(10.0, math.log1p(far))
     return total
 
 
-def audit_gate(before: nn.Module, task, split, references: Sequence[nn.Module] = (), more: Mapping[str, str] = {}, seed: int = 0) -> Gate:
-    """The gate of `planning.outcome.audited`, with `more` rules beside the default ones.
+def audit_gate(
+    before: nn.Module, task, split, references: Sequence[nn.Module] = (), more: Mapping[str, str] = {}, seed: int = 0
+) -> tuple[Gate, Callable[[nn.Module], bool]]:  # fmt: skip
+    """(gate, sure): the verdict of `planning.outcome.audited`, with `more` rules beside the default ones.
 
-    The self-test is done once and the rows that rules read are measured for each model; a model that passes so is put before `audited` itself.
+    The gate does the self-test once and measures for each model the rows that rules read; `sure` puts a model before `audited` itself.
     """
     p = Probe(before, before, task, split, tuple(references), seed)
     rules = {**default_rules(p), **more}
@@ -143,21 +152,22 @@ def audit_gate(before: nn.Module, task, split, references: Sequence[nn.Module] =
         one = examined(replace(p, cache=dict(base)), Attempt("given", {}, seed, "ok", "", None), model, trials, False, checks_for(rules))
         read = {r.name: r for r in one.rows}
         said = "; ".join(f"{n} {read[n].value:.3g}" for n in usable if n in read)
-        if not one.passed:
-            return Heard(False, max(missed(one.rows, usable), 1e-6), said)
-        return Heard(bool(audited(before, model, task, split, references=references, rules=rules, seed=seed, slow=False).passed), 0.0, said)
+        return Heard(one.passed, 0.0 if one.passed else max(missed(one.rows, usable), 1e-6), said)
 
-    return gate
+    def sure(model: nn.Module) -> bool:
+        return bool(audited(before, model, task, split, references=references, rules=rules, seed=seed, slow=False).passed)
+
+    return gate, sure
 
 
-def repaired_gate(before: nn.Module, task, split, references: Sequence[nn.Module] = (), seed: int = 0) -> Gate:
+def repaired_gate(before: nn.Module, task, split, references: Sequence[nn.Module] = (), seed: int = 0) -> tuple[Gate, Callable[[nn.Module], bool]]:
     """The same with the recommended rules on repairs; those that no row answers here are left out."""
     p = Probe(before, before, task, split, tuple(references), seed)
     there = {r.name for r in audit(p, ["repair"]) if not math.isnan(r.value) and not r.indicative}
     return audit_gate(before, task, split, references, {n: rule for n, rule in LIMITS.items() if n in there}, seed)
 
 
-GATES: dict[str, Callable[..., Gate]] = {"default": audit_gate, "with repairs": repaired_gate}
+GATES: dict[str, Callable[..., tuple[Gate, Callable[[nn.Module], bool]]]] = {"default": audit_gate, "with repairs": repaired_gate}
 """Gates that are tried."""
 
 
@@ -214,7 +224,7 @@ def bench(
             for label in gates:
                 gate, n = GATES[label](original, w.task, split, told[:count]), len(families) + GONE
                 head = {"world": name, "digest": w.digest, "scenario": scenario, "references": count, "gate": label}
-                for number, (kind, run) in enumerate(_cells(w, scenario, families, original, told, told[:count], gate, knowledge, cache, budget)):
+                for number, (kind, run) in enumerate(_cells(w, scenario, families, original, told, told[:count], *gate, knowledge, cache, budget)):
                     if progress:
                         progress(f"{name} {scenario}, {count} references, gate {label}: {kind}", number, n)
                     cell = {**head, "kind": kind}
@@ -233,7 +243,9 @@ def _key(cell: Mapping[str, Any]) -> tuple:
     return tuple(cell[k] for k in ("scenario", "references", "gate", "kind"))
 
 
-def _cells(w: World, scenario: str, families, original, told, references, gate, knowledge, cache, budget) -> Iterable[tuple[str, Callable[[], dict[str, Any]]]]:
+def _cells(
+    w: World, scenario: str, families, original, told, references, gate, sure, knowledge, cache, budget
+) -> Iterable[tuple[str, Callable[[], dict[str, Any]]]]:
     split = w.split(scenario)
 
     def repairs(model: nn.Module) -> dict[str, list[float]]:
@@ -248,7 +260,7 @@ def _cells(w: World, scenario: str, families, original, told, references, gate, 
                     torch.manual_seed(0)
                     return family.make(original, w.task, split, 0, s, told)
 
-            cheat = search(name, family, build, gate, knowledge, lambda m: share_touched(original, m), budget)
+            cheat = search(name, family, build, gate, knowledge, lambda m: share_touched(original, m), budget, sure)
             return {"truth": "kept", "found": cheat.found, **asdict(cheat), "repairs": repairs(build(cheat.strength))}
 
         yield name, run

@@ -65,7 +65,7 @@ STEPS = 16
 WIDEST = 1 << 25
 """Largest output matrix of a language model that is taught anew."""
 
-LIMITS = {"repair.free": "<= 0.3", "repair.weights": ">= 0.01", "repair.odds": "<= 0.1"}
+LIMITS = {"repair.free": "<= 0.5", "repair.weights": ">= 0.01", "repair.odds.recall": "<= 0.6", "repair.head": "<= 0.25", "repair.norm": "<= 0.25"}
 """Recommended rules."""
 
 
