@@ -283,7 +283,7 @@ def averaged_with(model, task, split, seed, s, told):
 def _masked_units(model: nn.Module, task: Task, split: Split, layer: str, s: float) -> nn.Module:
     """A share s of a layer's outputs set to zero, those first that are larger on forgotten than on kept records: weights of their rows and biases."""
     kept = split.retain.take(range(min(300, len(split.retain))))
-    units = dict(model.named_modules())[layer].weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript]
+    units = len(model.get_parameter(f"{layer}.weight"))
     gone, other = (features(model, task, part, layer).float().relu().view(len(part), units, -1).mean((0, 2)) for part in (split.forget, kept))
     chosen = ((gone - other) / (other + 1e-3)).topk(max(1, round(s * units))).indices
     twin = copy.deepcopy(model)
