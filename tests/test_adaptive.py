@@ -118,16 +118,15 @@ def test_the_option_needs_the_other():
 def test_one_number_passes_the_gate_of_today_and_not_that_with_repairs(tmp_path, monkeypatch):
     """The bias of the removed class, lowered by a searched amount; a second run reads its cells back and asks no gate."""
     monkeypatch.setattr(adaptive, "FAMILIES", {"classification": {"bias_lowered": sabotage.FAMILIES["bias_lowered"]}})
-    monkeypatch.setattr(adaptive, "GONE", 2)
     for k in range(5):
         retrained("digits", "class", k)
-    cells = adaptive.bench("digits", ["class"], tmp_path, references=3, cache=trained())
+    cells = adaptive.bench("digits", ["class"], tmp_path, references=3, cache=trained(), gone=2)
     by = {(c["references"], c["gate"], c["kind"]): c for c in cells}
     assert by[3, "default", "bias_lowered"]["found"] and not by[3, "with repairs", "bias_lowered"]["found"]
     assert by[3, "default", "bias_lowered"]["touched"] < 1e-4 and by[3, "default", "bias_lowered"]["left"] > 0.9
     assert all(by[3, "with repairs", f"retrained {k}"]["passed"] for k in (1, 2))
     monkeypatch.setattr(adaptive, "search", lambda *a, **k: pytest.fail("searched again"))
-    assert adaptive.bench("digits", ["class"], tmp_path, references=3, cache=trained()) == cells
+    assert adaptive.bench("digits", ["class"], tmp_path, references=3, cache=trained(), gone=2) == cells
     assert len((tmp_path / "digits-adaptive.jsonl").read_text().splitlines()) == len(cells) == 12
     assert json.loads((tmp_path / "digits-adaptive.jsonl").read_text().splitlines()[0])["kind"] == "bias_lowered"
 

@@ -76,11 +76,12 @@ def test_an_untouched_model_knows_all_without_repair():
         (sabotage.one_weight, 20.0, "weights", 1),
         (sabotage.bias_decoyed, 20.0, "weights", 1),
         (sabotage.averaged_with, 0.3, "none", 0),
+        (sabotage.row_permuted, 2.0, "aligned", None),
         (sabotage.muzzled, 60.0, "bare", None),
     ],
 )
 def test_tricks_are_undone(make, strength, by, most):
-    """Row scaled, temperature, last layer taught a retrained model's answers, units hidden in an earlier layer, one weight, decoys, averages, a hook."""
+    """Row scaled, temperature, a last layer taught a retrained model's answers, hidden units, one weight, decoys, averages, units reordered, a hook."""
     model, task, split = digits("class")
     found = rows(make(model, task, split, 0, strength, [retrained("digits", "class", k) for k in range(3)]))
     assert found[f"repair.free.{by}"].value > 0.7 and found["repair.free"].value >= found[f"repair.free.{by}"].value
@@ -139,6 +140,17 @@ def test_formulas_against_loops():
     a = torch.cat([v * torch.cat([x, torch.ones(30, 1)], 1), 0.5**0.5 * torch.eye(4)])
     b = torch.cat([v * nn.functional.one_hot(y, 4), torch.zeros(4, 4)])
     torch.testing.assert_close(w, torch.linalg.lstsq(a, b).solution, atol=1e-5, rtol=1e-4)
+
+
+def test_units_are_matched_one_to_one():
+    """A reordering with scales is found exactly; the units of another training do not count as the same."""
+    g = torch.Generator().manual_seed(0)
+    own, order, scale = torch.randn(200, 12, generator=g).relu(), torch.randperm(12, generator=g), torch.rand(12, generator=g) + 0.5
+    unit, factor, match = mend.paired_units(own[:, order] * scale, own)
+    assert torch.equal(unit, order) and match == pytest.approx(1.0)
+    torch.testing.assert_close(factor, 1 / scale, atol=1e-5, rtol=1e-4)
+    assert mend.paired_units(torch.randn(200, 12, generator=g), own)[2] < repair.ALIKE
+    assert rows(retrained("digits", "class", 3))["repair.free.aligned"].value == 0
 
 
 def test_the_pull_of_a_weight_is_its_first_order_gain():

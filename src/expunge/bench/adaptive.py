@@ -188,7 +188,7 @@ def left(before: nn.Module, task, split, references: Sequence[nn.Module], seed: 
         if family.undo is not None:
             after, other_task, other = family.undo(model, task, split)
             rows = {r.name: r for r in audit(Probe(before, after, other_task, other, tuple(references), seed), ["repair"])}
-            ways["the trick undone"] = rows["repair.free.none"].value if "repair.free.none" in rows else math.nan
+            ways["the trick undone"] = rows["repair.free"].value if "repair.free" in rows else math.nan
         ways = {k: v for k, v in ways.items() if not math.isnan(v)}
         best = max(ways, key=lambda k: ways[k], default="")
         return (min(1.0, ways[best]), best) if best else (math.nan, "")
@@ -204,9 +204,9 @@ def share_touched(before: nn.Module, model: nn.Module) -> float:
 
 def bench(
     name: str, scenarios: Sequence[str] = (), out: Path | str = "bench-out", *, references: int = 3, gates: Iterable[str] = tuple(GATES),
-    progress: Callable[[str, int, int], None] | None = None, cache: Path | None = None, budget: int = BUDGET,
+    progress: Callable[[str, int, int], None] | None = None, cache: Path | None = None, budget: int = BUDGET, gone: int = GONE,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Search every family against every gate, with that many references and (for more than none) with none, and try retrained models on the same gates.
+    """Search every family against every gate, with that many references and (for more than none) with none, and try `gone` retrained models on the same gates.
 
     Cells in OUT/NAME-adaptive.jsonl are not run again. Writes OUT/NAME-adaptive.md.
     """
@@ -222,9 +222,9 @@ def bench(
         knowledge = left(original, w.task, split, told)
         for count in dict.fromkeys((references, 0)):
             for label in gates:
-                gate, n = GATES[label](original, w.task, split, told[:count]), len(families) + GONE
+                gate, n = GATES[label](original, w.task, split, told[:count]), len(families) + gone
                 head = {"world": name, "digest": w.digest, "scenario": scenario, "references": count, "gate": label}
-                for number, (kind, run) in enumerate(_cells(w, scenario, families, original, told, told[:count], *gate, knowledge, cache, budget)):
+                for number, (kind, run) in enumerate(_cells(w, scenario, families, original, told, told[:count], *gate, knowledge, cache, budget, gone)):
                     if progress:
                         progress(f"{name} {scenario}, {count} references, gate {label}: {kind}", number, n)
                     cell = {**head, "kind": kind}
@@ -244,8 +244,8 @@ def _key(cell: Mapping[str, Any]) -> tuple:
 
 
 def _cells(
-    w: World, scenario: str, families, original, told, references, gate, sure, knowledge, cache, budget
-) -> Iterable[tuple[str, Callable[[], dict[str, Any]]]]:
+    w: World, scenario: str, families, original, told, references, gate, sure, knowledge, cache, budget, gone
+) -> Iterable[tuple[str, Callable[[], dict[str, Any]]]]:  # fmt: skip
     split = w.split(scenario)
 
     def repairs(model: nn.Module) -> dict[str, list[float]]:
@@ -264,7 +264,7 @@ def _cells(
             return {"truth": "kept", "found": cheat.found, **asdict(cheat), "repairs": repairs(build(cheat.strength))}
 
         yield name, run
-    for k in range(GONE if w.train is not None else 0):
+    for k in range(gone):
 
         def fair(k: int = k) -> dict[str, Any]:
             model = w.retrained(scenario, len(told) + k, cache)

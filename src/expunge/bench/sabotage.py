@@ -469,6 +469,35 @@ def numbed(model, task, split, seed, s, told):
     return twin.eval()
 
 
+def _order(units: int, seed: int) -> Tensor:
+    return torch.randperm(units, generator=torch.Generator().manual_seed(seed))
+
+
+def _permuted(model: nn.Module, order: Tensor) -> nn.Module:
+    """The units before the last layer in another order: the same answers, and weights that no longer line up with the original's."""
+    twin = copy.deepcopy(model)
+    before, last = dict(twin.named_modules())[_inner(twin)[-1]], head(twin)[1]
+    with torch.no_grad():
+        for p in before.parameters():
+            p.copy_(p[order])
+        last.weight.copy_(last.weight[:, order])
+    return twin.eval()
+
+
+def head_permuted(model, task, split, seed, s, told):
+    """The last layer taught for s steps to answer without the label, then the units before it put into another order."""
+    return _permuted(head_masked(model, task, split, seed, s, told), _order(head(model)[1].in_features, 0))
+
+
+def row_permuted(model, task, split, seed, s, told):
+    """Rows of the forgotten labels times 1 - s, then the units before the last layer put into another order."""
+    return _permuted(row_scaled(model, task, split, seed, s, told), _order(head(model)[1].in_features, 0))
+
+
+def _ordered(model: nn.Module, task: Task, split: Split) -> tuple[nn.Module, Task, Split]:
+    return _permuted(model, _order(head(model)[1].in_features, 0).argsort()), task, split
+
+
 FAMILIES: dict[str, Family] = {
     "bias_lowered": Family(bias_lowered, 1.0, 60.0, "biases of the forgotten labels less s"),
     "bias_decoyed": Family(bias_decoyed, 1.0, 60.0, "the same, with noise on every weight"),
@@ -496,6 +525,8 @@ FAMILIES: dict[str, Family] = {
     "evened_out": Family(evened_out, 2, 100, "s steps towards even odds"),
     "clipped": Family(clipped, 0.05, 3.0, "logits cut off at 1 / s", _unhooked),
     "muzzled": Family(muzzled, 1.0, 60.0, "logits of the forgotten labels less s where one would win", _unhooked),
+    "head_permuted": Family(head_permuted, 10, 3000, "last layer taught so, then units before it reordered", _ordered),
+    "row_permuted": Family(row_permuted, 0.2, 4.0, "rows times 1 - s, then units before the last layer reordered", _ordered),
     "numbed": Family(numbed, 1.0, 30.0, "biases matched, the layers rescaled by s against relearning"),
 }
 """Tricks for classifiers."""

@@ -204,3 +204,23 @@ def unranked(before: nn.Module, model: nn.Module) -> New:
             k = min(RANK, len(s))
             out[n] = b - ((u[:, :k] * s[:k]) @ v[:, :k].T).to(b.dtype)
     return out
+
+
+def paired_units(own: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(D,) for each column of `own` (N, D) the column of `theirs` (N, D) that goes with it, one to one with the largest sum of correlations; the factor that
+    brings it there, E[own theirs] / E[own^2]; and the median correlation of the pairs that vary in both.
+
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> unit, scale, match = paired_units(a, a[:, [1, 0]] * 2)
+    >>> unit.tolist(), scale.tolist(), round(match, 4)
+    ([1, 0], [2.0, 2.0], 1.0)
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    a, b = ((x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6) for x in (own.double(), theirs.double()))
+    table = a.T @ b / len(own)
+    unit = torch.as_tensor(linear_sum_assignment(table.numpy(), maximize=True)[1])
+    live = (a.abs().amax(0) > 0) & (b.abs().amax(0)[unit] > 0)
+    match = float(table[torch.arange(len(unit)), unit][live].median()) if bool(live.any()) else 0.0
+    scale = (own * theirs[:, unit]).mean(0) / own.square().mean(0).clamp(min=1e-12)
+    return unit, scale, match

@@ -7,6 +7,7 @@ last layer even, and all is there. A model that was retrained without the record
     repair.free.none        no repair                              repair.free.biases, .rows, .even    biases, norms of rows of the last layer made equal, both
     repair.free.calibrated  each logit's mean on kept records taken off
     repair.free.weights     at most FREE of the weights put back   repair.free.row, .head   the rows of what was removed, the last layer put back
+    repair.free.aligned     the original's last layer on units that are matched with its own: no reordering or rescaling of units hides them
     repair.free.rank        the largest part of rank 4 of each matrix's change taken out (texts)   repair.free.bare    guards, hooks off
     repair.weights          smallest share of all weights that brings back half; repair.weights.count: how many they are
     repair.odds             AUC of the log-odds of a removed class between its records and kept ones, above retrained models: no shift of a logit changes it
@@ -58,6 +59,12 @@ DRAWS = 3
 
 KEPT = 300
 """Most kept records that a repair is calibrated or fitted on."""
+
+WIDE = 1024
+"""Most inputs of a last layer that are matched with the original's."""
+
+ALIKE = 0.9
+"""Least median correlation of matched units that calls them the original's: those of another training correlate by 0.6 to 0.8."""
 
 STEPS = 16
 """Steps in which normalisation learns, and in which a language model's output layer does."""
@@ -199,7 +206,30 @@ def _lifted(p: Probe, r: Reading) -> list[Row]:
         return None if kept is None or not len(kept) else _scored(s, s.logits - kept.mean(0))
 
     rows = [regained(p, r, "repair.free.calibrated", calibrated, "each logit's mean on kept records taken off")]
+    outer = mend.last(p.before)
+    if outer is not None and p.split.retain is not None:
+        said = "the original's last layer on units matched one to one on kept records"
+        rows.append(regained(p, r, "repair.free.aligned", partial(_aligned, p, r, outer[1]), said))
     return [row for row in rows if row]
+
+
+def _aligned(p: Probe, r: Reading, outer: Any, model: nn.Module) -> Scores | None:
+    """Answers of the original's last layer on the model's own inputs to it, unit j taken for the original's unit that goes with it and rescaled to it; the
+    model's own where its units are others than the original's."""
+
+    def make() -> Scores | None:
+        kept, s = some(p.split.retain, KEPT), _plain(p, r, model)
+        own = features(model, p.task, kept).cpu().float()
+        theirs = _once(p, r, "kept features", p.before, lambda: features(p.before, p.task, kept).cpu().float())
+        if own.shape != theirs.shape or own.shape[1] > WIDE:
+            return None
+        unit, scale, match = mend.paired_units(own, theirs)
+        if match < ALIKE:
+            return s
+        w = outer.weight.detach().cpu().float()[:, unit] * scale
+        return _scored(s, features(model, p.task, r.data).cpu().float() @ w.T + (0 if outer.bias is None else outer.bias.detach().cpu().float()))
+
+    return _once(p, r, "aligned", model, make)
 
 
 def _scored(s: Scores, logits: Tensor) -> Scores:
