@@ -29,6 +29,7 @@ from expunge.core.stats import wilson
 from expunge.engine.run import Attempt
 from expunge.modalities.worlds import World, cache_folder, world
 from expunge.planning.outcome import audited, examined
+from expunge.report.table import strict
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {"classification": sabotage.FAMILIES, "causal_lm": sabotage_texts.FAMILIES}
 """Task -> its tricks."""
@@ -230,7 +231,7 @@ def bench(
                     cell = {**head, "kind": kind}
                     if _key(cell) in done:
                         continue
-                    cell |= run()
+                    cell = strict({**cell, **run()})
                     done[_key(cell)] = cell
                     with path.open("a") as f:
                         f.write(json.dumps(cell) + "\n")

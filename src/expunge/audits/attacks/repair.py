@@ -293,7 +293,7 @@ def _odds(p: Probe, r: Reading) -> list[Row]:
 
     def read(model: nn.Module) -> tuple[Tensor, Tensor] | None:
         kept = _kept(p, model)
-        return None if kept is None or not len(kept) else (odds(_plain(p, r, model).logits, p.removed()), odds(kept, p.removed()))
+        return None if kept is None or not len(kept) else (odds(_plain(p, r, model).logits[: r.n], p.removed()), odds(kept, p.removed()))
 
     mine = read(p.after)
     if mine is None:

@@ -1,7 +1,8 @@
 """What a model knows of what must go, record by record, and what a repair brings back of it: the readings that `repair` is made of.
 
-known of a record    a removed class: it is answered; records: it is answered with the label it was given, or the share of matched unseen records with a
-                     larger loss; texts: the probability per answer token
+known of a record    a removed class: it is answered, times the share of right answers that kept records have left: a foreign last layer names any class
+                     by luck, and breaks the rest; records: it is answered with the label it was given, or the share of matched unseen records with a larger
+                     loss; texts: the probability per answer token
 regained             (repaired - gone) / (original - gone), means over records; gone: retrained models after the same repair
 """
 
@@ -25,18 +26,22 @@ from expunge.parts.reading import Scores, score
 MOST = 256
 """Most records of each kind that a repair is read on; of texts a quarter of them."""
 
+OTHERS = 128
+"""Most kept records on which a repair of a removed class must leave the answers right."""
+
 LEAST = 0.1
 """Smallest difference between the original and what is gone that a share can be taken of."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Records to read a repaired model on: the first n of `data`; the others are unseen ones that losses are compared with.
+    """Records to read a repaired model on: the first n of `data`; the others are unseen ones that losses are compared with, or kept ones of a class request.
 
     how    class, answers, losses or tokens: what is known of a record
     top    (n,) what the original knows
     gone   what stands for a model that never saw them where no retrained one is at hand: a number, or nan where the unseen records of `data` say it
     why    `gone` in words
+    stays  share of the kept records of `data` that the original answers rightly: a repair that breaks those has brought back nothing
     """
 
     data: Any
@@ -45,10 +50,14 @@ class Reading:
     top: Tensor | None = None
     gone: float = math.nan
     why: str = ""
+    stays: float = 0.0
 
     def known(self, s: Scores) -> Tensor:
         """(n,) double in 0..1: what these scores of `data` say is known of each record."""
-        if self.how in ("class", "answers"):
+        if self.how == "class":
+            others = s.correct[self.n :].double()
+            return s.correct[: self.n].double() * (min(1.0, float(others.mean()) / self.stays) if self.stays else 1.0)
+        if self.how == "answers":
             return s.correct[: self.n].double()
         if self.how == "tokens":
             return (-s.nll[: self.n]).exp().double()
@@ -79,8 +88,11 @@ def _reading(p: Probe) -> Reading | None:
     if len(classes) and first.logits is not None:
         there = [] if test is None else [test.take(torch.isin(test.y, classes).nonzero().squeeze(1))]
         data = concat(some(p.split.forget, MOST), *(some(d, MOST) for d in there if len(d)))
-        chance = 1 / first.logits.shape[1]
-        return _topped(p, Reading(data, len(data), "class", gone=chance, why=f"chance, {chance:.3g}"))
+        others = p.split.retain if test is None else test.take((~torch.isin(test.y, classes)).nonzero().squeeze(1))
+        whole = concat(data, some(others, OTHERS)) if others is not None and len(others) else data
+        chance, right = 1 / first.logits.shape[1], score(p.before, p.task, whole).correct[len(data) :].double()
+        stays = float(right.mean()) if len(right) else 0.0
+        return _topped(p, Reading(whole, len(data), "class", gone=chance, why=f"chance, {chance:.3g}", stays=stays))
     forget, unseen = some(p.split.forget, MOST), None
     said = _neighbours(p, forget) if first.logits is not None else None
     if test is not None and said is not None:
