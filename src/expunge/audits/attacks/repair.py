@@ -73,7 +73,14 @@ WIDEST = 1 << 25
 """Largest output matrix of a language model that is taught anew."""
 
 LIMITS = {"repair.free": "<= 0.5", "repair.weights": ">= 0.01", "repair.odds.recall": "<= 0.6", "repair.head": "<= 0.25", "repair.norm": "<= 0.25"}
-"""Recommended rules."""
+"""Recommended rules, chosen on the first of `bench.adaptive.HALVES` and every other retrained model, tested on the rest: what-would-fool-this-audit.md.
+
+Ends that the rules read. Digits without one class, 3 references: 48 retrained models beside 4 originals read repair.free up to 0.27, repair.weights from 1.0,
+repair.odds.recall up to 0.52, repair.head up to 0.19. 24 beside 2 originals with wrong labels (50 records): repair.free up to 0.43, repair.head up to 0.22.
+Texts: repair.free up to 0.21 with one reference and 0.40 with none, repair.head up to 0.18, repair.norm up to 0.09. Tricks that pass the default gate with what
+they hide intact read repair.free near 1. Without retrained models repair.odds.recall and repair.head are indicative and make no rule. A class alone can be
+asked for repair.free <= 0.3; with 50 records that refuses 9 of 24 retrained models, for the width of the interval.
+"""
 
 
 @check(tasks=("classification", "regression", "causal_lm"), needs=("forget",))
