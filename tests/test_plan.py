@@ -121,7 +121,7 @@ def test_default_rules_follow_the_request():
 @pytest.mark.slow
 def test_record_verdicts_on_known_truth():
     """Wrong labels, known by heart: doing nothing and copying a retrained model's answers by the head alone are refused, a retrained model passes."""
-    from expunge.bench.power import masked
+    from expunge.bench.sabotage import masked
     from expunge.parts.reading import outputs
 
     w = world("digits-wrong")

@@ -10,7 +10,7 @@ import torch
 from worlds import digits, retrained, same, state
 
 from expunge.audits.core import Probe, audit
-from expunge.bench import power
+from expunge.bench import power, sabotage
 from expunge.modalities.classification.task import head
 from expunge.parts.reading import outputs, score
 
@@ -71,7 +71,7 @@ def test_sabotage_is_no_forgetting():
     """No maker touches the model it is given. Those that work on the output leave every other layer as it was, and what was learnt in it."""
     model, task, split = digits("class")
     before, told = state(model), outputs(retrained("digits", "class", 0), task, split.forget)
-    made = {kind: make(model, task, split, 7) for kind, make in power.SABOTAGE.items()} | {"copied": power.masked(model, task, split, 7, told)}
+    made = {kind: make(model, task, split, 7) for kind, make in sabotage.SABOTAGE.items()} | {"copied": sabotage.masked(model, task, split, 7, told)}
     assert same(before, state(model))
     assert len(made) >= 8
     for kind in ("muted", "cooled", "top_only", "masked", "copied"):
@@ -90,7 +90,7 @@ def test_relearning_reads_records_that_were_not_shown():
     model, task, split = digits("class")
     refs = tuple(retrained("digits", "class", k) for k in range(3))
     cache: dict = {}
-    models = {"nothing": model, "retrained": retrained("digits", "class", 3), "muted": power.muted(model, task, split, 0)}
+    models = {"nothing": model, "retrained": retrained("digits", "class", 3), "muted": sabotage.muted(model, task, split, 0)}
     before = {n: state(m) for n, m in models.items()}
     found = {n: {r.name: r for r in audit(Probe(model, m, task, split, refs, cache=cache), ["relearning"])} for n, m in models.items()}
     assert all(same(before[n], state(m)) for n, m in models.items())

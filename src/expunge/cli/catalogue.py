@@ -37,17 +37,27 @@ def bench(
     references: Annotated[int, typer.Option(help="Retrained models that each cell is read against; -1: 3, and none for drawings.")] = -1,
     out: str = "bench-out",
     audit_power: Annotated[bool, typer.Option("--audit-power", help="Audit the audit: a population of models of known truth.")] = False,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="With --audit-power: tricks of one strength, searched for what passes the gate.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on a world (digits, cifar10, tofu-tiny, shapes, ...); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
     import torch
 
+    from expunge.core.errors import SettingError
     from expunge.report.table import strict
 
     torch.set_num_threads(1)
     chosen = tuple(filter(None, scenarios.split(",")))
+    if adaptive and not audit_power:
+        raise SettingError("--adaptive searches for what passes the audit: give --audit-power with it")
     with bar(as_json) as progress:
-        if audit_power:
+        if audit_power and adaptive:
+            from expunge.bench import adaptive as adversary
+
+            count = {} if references < 0 else {"references": references}
+            cells = adversary.bench(world, chosen, out, progress=progress, **count)
+            text = adversary.markdown(cells)
+        elif audit_power:
             from expunge.bench import power
 
             cells = power.bench(world, chosen, out, progress=progress)
