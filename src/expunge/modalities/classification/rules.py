@@ -8,8 +8,9 @@ from typing import Any
 
 def rules(p: Any) -> dict[str, str]:
     """Chosen from the power tables (docs/how-to-read-the-evidence.md). KLOM refuses answers that are unlike a retrained model's, in either direction;
-    relearning refuses a suppression whose answers look right: both are needed for a class, KLOM alone for records."""
-    kept = {"drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
+    relearning refuses a suppression whose answers look right: both are needed for a class, KLOM alone for records. Repairs refuse what
+    comes back without training."""
+    kept = {"repair.free": "<= 0.5", "drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
     if p.removed():
         limit = _limit(p)
         inside = {"gap_closed.klom": ">= 0.5", "gap_closed.relearning": ">= 0.55"} if len(p.references) >= 2 else {}

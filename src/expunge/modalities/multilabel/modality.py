@@ -31,6 +31,7 @@ MULTILABEL = modality(
         pace=lambda model: {"lr": 0.05, "momentum": 0.9, "clip": 10.0},
         options=OPTIONS,
         open=later(f"{HERE}.request:read"),
+        load=later("expunge.modalities.files.requests:load"),
         sized=later(f"{HERE}.request:sized"),
         worlds=("digits-multi",),
         world=later(f"{HERE}.worlds:world"),

@@ -50,6 +50,7 @@ TEXT_CLASSIFICATION = modality(
         pace=pace,
         options=OPTIONS,
         open=later(f"{HERE}.request:read"),
+        load=later(f"{HERE}.request:load"),
         sized=later(f"{HERE}.request:sized"),
         holds=later(f"{HERE}.request:holds"),
         apply=later(f"{HERE}.request:apply"),

@@ -42,6 +42,11 @@ def read(request: Request) -> Opened:
     return Opened(model, text_classification(tokenizer), found, [referred(load(r), request.path(r)) for r in request.references], after, release)
 
 
+def load(request: Request) -> Any:
+    """The model of the folder after, where the request names one, or of the one before."""
+    return checkpoints.load(request.path(request.after or request.model), dtype=request.options["dtype"])[0]
+
+
 def files(request: Request) -> dict[str, list[dict[str, Any]]]:
     """Part -> records, of train, test and validation where they are files."""
     given = request.options
