@@ -431,7 +431,6 @@ BAD = [
     ((*FORGET, *AWAY, "--form", "gguf"), "form must be one of auto, merged, peft, not 'gguf'"),
     ((*FORGET, *AWAY, "--max-length", "-5"), "max_length"),
     ((*FORGET, *AWAY, "--reference", "nowhere"), "no folder nowhere"),
-    ((*FORGET, *AWAY, "--reference", "words"), "300"),
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--after", "words"), "300"),
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--after", "nowhere"), "no folder nowhere"),
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick"), "name either --patch or --after"),

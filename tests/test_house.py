@@ -78,7 +78,7 @@ def test_public_names():
     assert typed == {(n, *(packages[n].rsplit(".", 1) if n in packages else (where, n))) for n, where in expunge._WHERE.items()}
     assert (ROOT / "py.typed").exists()
     assert "forget" in pydoc.render_doc(expunge)
-    for factory in ("classification", "regression", "causal_lm", "diffusion", "gan", "image_to_image", "contrastive"):
+    for factory in ("classification", "regression", "causal_lm", "diffusion", "gan", "image_to_image", "contrastive", "text_classification", "multilabel"):
         assert of(expunge.classification()).name == "classification" and getattr(expunge, factory) is MODALITIES[factory].task.found
 
 

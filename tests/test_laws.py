@@ -25,7 +25,8 @@ CASES = [pytest.param(name, task, id=f"{name}-{task}") for name in METHODS for t
 COSTLY = {
     "forgets": (
         "sfd", "salun_diffusion", "doco", "advunlearn", "trce", "mace", "all_but_one", "seuf", "adapt_then_unlearn", "adversarial_target", "concept_ablation",
-        "altpo", "spm", "slug", "ebyd-text_classification", "amnesiac-text_classification", "metaunlearn-text_classification", "laf-text_classification",
+        "altpo", "spm", "slug", "scar_self",
+        "ebyd-text_classification", "amnesiac-text_classification", "metaunlearn-text_classification", "laf-text_classification",
         "gs_lora-text_classification", "scar-text_classification", "scar_self-text_classification", "kga-text_classification", "retrain-text_classification",
         "reset_fine_tune-text_classification", "duck-text_classification", "l1_sparse-text_classification", "prune_unlearn-text_classification",
         "stochastic_teacher-text_classification", "scrub-text_classification", "negrad_plus-text_classification", "fine_tune-multilabel",

@@ -56,7 +56,9 @@ def points(prediction: str = "epsilon"):
     vocabulary = Words(("a", "b", "c"), length=2)
     task = diffusion(Schedule(prediction), shape=(1, 2, 2), null=vocabulary([""])[0])
     data = {k: list(v) for k, v in {"forget": "cccc", "retain": "abababab", "anchor": "bbbb"}.items()}
-    parts = {k: Pictures(None, vocabulary(v), torch.arange(len(v)), tuple({"prompt": w} for w in v), vocabulary) for k, v in data.items()}
+    parts = {
+        k: Pictures(None, vocabulary(v), 100 * j + torch.arange(len(v)), tuple({"prompt": w} for w in v), vocabulary) for j, (k, v) in enumerate(data.items())
+    }
     return Diffusion(Points(task.schedule, mu), OneHot()), task, Split(**parts)
 
 

@@ -140,7 +140,7 @@ def test_anchors_that_say_the_same_for_all_prompts_are_named():
 def test_gates_that_stay_shut_are_doubted(mine):
     """o3 that may open for none of the retained prompts, among which are those of forget, measures that its gate misses its own."""
     model, task, split = small("causal_lm")
-    same_prompts = split.forget.format.answered(split.forget, ["none"] * 4)
+    same_prompts = replace(split.forget.format.answered(split.forget, ["none"] * 4), ids=torch.arange(900, 904))
     attempt = unlearn("o3", model, task, replace(split, retain=split.retain.joined(same_prompts)), epochs=1.0, false_positives=0.0)
     assert attempt.patch is not None
     missed = attempt.patch.edits[0].config["measured"]["false_negative"]

@@ -87,7 +87,8 @@ def test_references_are_folders_and_all_parts_are_read(made):
     path = written(made, anchor="authors/anchor.jsonl", general="authors/test.jsonl", validation="share:0", references=["authors/model"], methods=["idk_nll"])
     path.write_text(path.read_text() + "[with.idk_nll]\nlr = 0.001\nepochs = 1\n")
     verdict, document = quiet(path)
-    assert document["references"] == 1 and set(document["parts"]) == {"forget", "retain", "anchor", "general"}
+    assert document["references"] == 0 and "weights of the original" in document["refused"][0]["why"]
+    assert set(document["parts"]) == {"forget", "retain", "anchor", "general"}
     assert verdict.tries[0].attempt.outcome == "ok"
 
 

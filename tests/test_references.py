@@ -174,3 +174,11 @@ def test_the_command_makes_references(tmp_path, monkeypatch):
     assert len(kept) == 2 and refused == []
     broken = CliRunner().invoke(app, ["retrain", *common, "--training", "epochs=four"])
     assert broken.exit_code != 0 and not (tmp_path / "references").exists()
+
+
+def test_a_reference_of_another_architecture_is_named(tmp_path):
+    """For language models, too: it was an error before, now the run goes on without it and says so."""
+    model, task, split = digits()
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    v = expunge.audited(model, model, task, split, references=[Reference(other, "small.safetensors")], slow=False)
+    assert v.refused[0].name == "small.safetensors" and "another architecture" in v.refused[0].why and not v.passed

@@ -47,6 +47,8 @@ _WHERE = {
     "gan": "modalities.gan.task",
     "image_to_image": "modalities.image_to_image.task",
     "contrastive": "modalities.contrastive.task",
+    "text_classification": "modalities.text_classification.task",
+    "multilabel": "modalities.multilabel.task",
     "serve": "modalities.language.guards.serve",
     "unlearn": "engine.run",
     "Attempt": "engine.run",

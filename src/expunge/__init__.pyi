@@ -38,8 +38,10 @@ from expunge.modalities.language.guards.serve import serve as serve
 from expunge.modalities.language.records.format import Format as Format
 from expunge.modalities.language.task import causal_lm as causal_lm
 from expunge.modalities.language.texts import Texts as Texts
+from expunge.modalities.multilabel.task import multilabel as multilabel
 from expunge.modalities.pictures import Pictures as Pictures
 from expunge.modalities.regression.task import regression as regression
+from expunge.modalities.text_classification.task import text_classification as text_classification
 from expunge.modalities.worlds import world as world
 from expunge.parts.scopes.lora import lora as lora
 from expunge.parts.updates.descend import alternate as alternate

@@ -59,7 +59,7 @@ def _cost(n, s) -> tuple[float, float]:
 
 
 @method(
-    paper="arXiv:2404.12922", tasks=("classification",), needs=("anchor",), forgets=("class",), cost=_cost, toy={"epochs": 10},
+    paper="arXiv:2404.12922", tasks=("classification",), needs=("anchor",), forgets=("class",), cost=_cost, toy={"epochs": 100},
     published={"epochs": 30, "batch_size": 1024, "buffers": "move"}, place="code: opts.py and README, CIFAR-10 and CIFAR-100",
     lacks="it stands in no committed table of a valid world: it needs an anchor part, which these worlds have not",
 )  # fmt: skip

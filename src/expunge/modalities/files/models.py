@@ -25,6 +25,7 @@ def call(spec: str, error: type[ExpungeError] = ModelError, folder: Path | None 
         raise error(f"'{spec}' must be written py:module:function")
     place = str(folder or Path.cwd())
     sys.path.insert(0, place)
+    importlib.invalidate_caches()  # a file that was written a moment ago is found
     try:
         return getattr(importlib.import_module(parts[1]), parts[2])()
     except (ImportError, AttributeError) as problem:
