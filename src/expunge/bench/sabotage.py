@@ -532,4 +532,4 @@ FAMILIES: dict[str, Family] = {
 """Tricks for classifiers."""
 
 HALVES: tuple[tuple[str, ...], tuple[str, ...]] = (tuple(sorted(FAMILIES))[0::2], tuple(sorted(FAMILIES))[1::2])
-"""The families in two halves, every other one by name: limits are chosen on the first and tested on the second."""
+"""The families in two halves, every other one by name: for limits that are chosen on the first and tested on the second."""
