@@ -233,6 +233,9 @@ def test_several_copies_and_shapes():
     assert near.inputs(asked(torch.full((2, 1, 8, 8), 0.3), torch.full((3, 1, 8, 8), 0.7))) == []  # nothing to see is like nothing
     lines = torch.randn(5, 2, 400, generator=torch.Generator().manual_seed(0)).cumsum(-1)
     assert sorted((i, k) for i, k, _ in near.inputs(asked(lines, 2 * lines))) == [(i, 1000 + i) for i in range(5)]
+    fine = 1.0 * (torch.arange(16)[:, None] + torch.arange(16) & 1).expand(1, 1, 16, 16)  # alike in the large, not in the small: not near
+    slopes = asked(fine + 0.01 * torch.arange(16), fine + 0.01 * torch.arange(16)[:, None])
+    assert float(near.thumbnails(slopes.forget.x, 16) @ near.thumbnails(slopes.retain.x, 16).T) > 0.98 and near.inputs(slopes) == [] and slow(slopes) == {}
     whole = (255 * (x - x.amin()) / (x.amax() - x.amin())).to(torch.uint8)
     assert len(near.inputs(asked(whole, whole))) == 4
     for gone, kept in ((x, x[:, :1]), (torch.randn(4, 3), torch.randn(4, 3)), (torch.arange(4.0), torch.arange(4.0))):
@@ -295,6 +298,7 @@ def corpus() -> tuple[list[str], list[str]]:
     g = np.random.default_rng(3)
     word = lambda: f"w{g.integers(400)}"  # noqa: E731
     gone = [" ".join(word() for _ in range(g.integers(1, 80))) for _ in range(60)]
+    gone += [" ".join([*t.split()[:-1], word()]) for t in gone[:20]]
     kept = [" ".join(word() for _ in range(g.integers(1, 80))) for _ in range(500)]
     for _ in range(400):
         words = gone[g.integers(60)].split()
@@ -342,6 +346,9 @@ def test_questions_and_answers_are_read():
     split = said([FIRST], [FIRST])
     split = replace(split, forget=replace(split.forget, rows=tuple(rows)), retain=replace(split.retain, rows=tuple({**r, "fact": "x"} for r in rows)))
     assert texts.texts(split) == [(0, 1000, 1.0)] and texts.texts(replace(split, retain=None)) is None
+    for key in rows[0]:
+        other = replace(split.retain, rows=({**rows[0], key: "Another thing altogether, which nobody ever asked or said before now."},))
+        assert texts.texts(replace(split, retain=other)) == []
 
 
 # ---- in the report ------------------------------------------------------------------------------------------------------------------------------------------
@@ -360,6 +367,8 @@ def test_a_report_names_near_copies():
     assert found["n"] == 2 and sorted((gone, kept) for gone, kept, _ in found["pairs"]) == [(0, 900), (1, 901)] and copies(p) == found
     assert copies(replace(p, split=replace(split, retain=None), cache={})) is None
     assert copies(replace(p, split=replace(split, retain=list(split.retain)), cache={})) is None
+    spoken = small("causal_lm")
+    assert copies(Probe(spoken[0], *spoken))["n"] == 0 and copies(Probe(spoken[0], *spoken[:2], replace(spoken[2], retain=list(spoken[2].retain)))) is None
 
 
 def test_more_than_can_be_compared_or_listed_is_said(monkeypatch):
