@@ -148,7 +148,9 @@ def test_a_claim_needs_its_number():
 
 
 def test_attacked_copies_against_loops():
-    model = nets.small_cnn(8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a weight halfway between two levels goes either way by rounding of s
+        model, other = nets.small_cnn(8), nets.small_cnn(8)
     for bits in (8, 4):
         twin = restore.rounded(model, bits)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -162,7 +164,6 @@ def test_attacked_copies_against_loops():
     for p, q in zip(model.parameters(), restore.pruned(model, 0.3).parameters(), strict=True):
         assert int((q == 0).sum()) == (int(0.3 * p.numel()) if p.ndim > 1 else 0)
         assert torch.equal(q[q != 0], p[q != 0])
-    other = nets.small_cnn(8)
     for a, b, c in zip(model.parameters(), other.parameters(), restore.averaged(model, other).parameters(), strict=True):
         torch.testing.assert_close(c, (a + b) / 2)
 
