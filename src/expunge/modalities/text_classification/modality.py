@@ -45,7 +45,6 @@ TEXT_CLASSIFICATION = modality(
         kinds=later(f"{RECORDS}:kinds"),
         preflight=later(f"{HERE}.task:preflight"),
         fits=later(f"{HERE}.task:fits"),
-        kept=later(f"{RECORDS}:kept"),
         validation=later(f"{RECORDS}:validation"),
         rules=later("expunge.modalities.classification.rules:rules"),
         pace=pace,
