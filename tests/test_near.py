@@ -236,6 +236,8 @@ def test_several_copies_and_shapes():
     fine = 1.0 * (torch.arange(16)[:, None] + torch.arange(16) & 1).expand(1, 1, 16, 16)  # alike in the large, not in the small: not near
     slopes = asked(fine + 0.01 * torch.arange(16), fine + 0.01 * torch.arange(16)[:, None])
     assert float(near.thumbnails(slopes.forget.x, 16) @ near.thumbnails(slopes.retain.x, 16).T) > 0.98 and near.inputs(slopes) == [] and slow(slopes) == {}
+    two = asked(torch.cat([slopes.forget.x, 0.01 * torch.arange(16)[:, None].expand(1, 1, 16, 16)]), slopes.retain.x)  # the other way round: near to neither
+    assert near.inputs(two) == [] and slow(two) == {}
     whole = (255 * (x - x.amin()) / (x.amax() - x.amin())).to(torch.uint8)
     assert len(near.inputs(asked(whole, whole))) == 4
     for gone, kept in ((x, x[:, :1]), (torch.randn(4, 3), torch.randn(4, 3)), (torch.arange(4.0), torch.arange(4.0))):
