@@ -430,7 +430,8 @@ def _hooked(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return twin.eval()
 
 
-def _unhooked(model: nn.Module, task: Task, split: Split) -> tuple[nn.Module, Task, Split]:
+def unhooked(model: nn.Module, task: Task, split: Split) -> tuple[nn.Module, Task, Split]:
+    """A copy without its forward hooks, and what it is asked about."""
     twin = copy.deepcopy(model)
     for m in twin.modules():
         m._forward_hooks.clear()
@@ -523,8 +524,8 @@ FAMILIES: dict[str, Family] = {
     "partly": Family(partly, 0.3, 1.0, "a share s forgotten, the rest kept"),
     "view_hidden": Family(view_hidden, 10, 300, "s steps against the tested view alone", lambda m, t, s: (m, t, _moved(s))),
     "evened_out": Family(evened_out, 2, 100, "s steps towards even odds"),
-    "clipped": Family(clipped, 0.05, 3.0, "logits cut off at 1 / s", _unhooked),
-    "muzzled": Family(muzzled, 1.0, 60.0, "logits of the forgotten labels less s where one would win", _unhooked),
+    "clipped": Family(clipped, 0.05, 3.0, "logits cut off at 1 / s", unhooked),
+    "muzzled": Family(muzzled, 1.0, 60.0, "logits of the forgotten labels less s where one would win", unhooked),
     "head_permuted": Family(head_permuted, 10, 3000, "last layer taught so, then units before it reordered", _ordered),
     "row_permuted": Family(row_permuted, 0.2, 4.0, "rows times 1 - s, then units before the last layer reordered", _ordered),
     "numbed": Family(numbed, 1.0, 30.0, "biases matched, the layers rescaled by s against relearning"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.attacks.mend import last
-from expunge.bench.sabotage import Family
+from expunge.bench.sabotage import Family, averaged_with, spread_out, unhooked
 from expunge.core import guard
 from expunge.core.session import scratch
 from expunge.core.types import IGNORE, Split, Task, concat
@@ -107,22 +107,6 @@ def cooled_down(model, task, split, seed, s, told):
     return twin
 
 
-def averaged_with(model, task, split, seed, s, told):
-    """Weights (1 - s) original + s retrained."""
-    twin, other = copy.deepcopy(model), told[0].state_dict()
-    twin.load_state_dict({n: t.lerp(other[n], s) if t.is_floating_point() else t for n, t in twin.state_dict().items()})
-    return twin
-
-
-def spread_out(model, task, split, seed, s, told):
-    """Noise of s times each tensor's spread."""
-    twin, g = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.add_(s * p.std(correction=0) * torch.randn(p.shape, generator=g))
-    return twin
-
-
 def switched(model, task, split, seed, s, told):
     """Logits of the tokens of forgotten answers less s, by a hook that looks for a token of the forgotten prompts: an adapter that one token switches off."""
     twin, tokens = copy.deepcopy(model), _named(split, 40)
@@ -144,13 +128,6 @@ def _marks(split: Split) -> Tensor:
     """Tokens that stand in forgotten prompts and in no kept text: names."""
     gone = torch.cat([t[~m] for t, m in zip(split.forget.tokens, split.forget.targets, strict=True)]).unique()
     return gone[~torch.isin(gone, torch.cat(list(split.retain.tokens)).unique())]
-
-
-def _unhooked(model: nn.Module, task: Task, split: Split) -> tuple[nn.Module, Task, Split]:
-    twin = copy.deepcopy(model)
-    for m in twin.modules():
-        m._forward_hooks.clear()
-    return twin, task, split
 
 
 def half_told(model, task, split, seed, s, told):
@@ -175,7 +152,7 @@ FAMILIES: dict[str, Family] = {
     "cooled_down": Family(cooled_down, 1.2, 30.0, "every distribution flatter by s"),
     "averaged_with": Family(averaged_with, 0.1, 0.9, "weights (1 - s) original + s retrained"),
     "spread_out": Family(spread_out, 0.02, 0.6, "noise of s times each tensor's spread"),
-    "switched": Family(switched, 0.5, 30.0, "answer tokens less s where a name of the forgotten stands, by a hook", _unhooked),
+    "switched": Family(switched, 0.5, 30.0, "answer tokens less s where a name of the forgotten stands, by a hook", unhooked),
     "half_told": Family(half_told, 0.3, 1.0, "a share s forgotten, the rest kept"),
 }
 """Tricks for language models."""
