@@ -11,6 +11,7 @@ import pytest
 from worlds import small
 
 from expunge.audits.core import gate
+from expunge.audits.grade import Grade
 from expunge.audits.language import ability
 from expunge.core.errors import DataError, SettingError
 from expunge.core.stats import Z
@@ -151,7 +152,7 @@ def test_rows_reach_the_report(tmp_path):
 
 def test_a_broken_rule_refuses_what_passed(tmp_path):
     model, task, split = small("causal_lm")
-    tried = outcome.Try(outcome.Attempt("npo", {}, 0, "ok", "", None), ())
+    tried = outcome.Try(outcome.Attempt("npo", {}, 0, "ok", "", None), (), grade=Grade("verified"))
     good = outcome.Verdict(True, [], tried, (tried,), {}, (), outcome.Probe(model, model, task, split))
     rows = ability.read(put(tmp_path / "a.json", results()), put(tmp_path / "b.json", results(0.2)))
     kept = ability.added(good, rows, {"ability.hellaswag.acc": ">= -0.6"})

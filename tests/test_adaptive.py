@@ -115,16 +115,15 @@ def test_the_option_needs_the_other():
 
 
 @pytest.mark.slow
-def test_one_number_passes_the_gate_of_today_and_not_that_with_repairs(tmp_path, monkeypatch):
-    """The bias of the removed class, lowered by a searched amount; a second run reads its cells back and asks no gate."""
+def test_one_number_passes_no_gate(tmp_path, monkeypatch):
+    """The bias of the removed class, lowered by a searched amount, is never `supported`, and retrained models are; a second run reads its cells back."""
     monkeypatch.setattr(adaptive, "FAMILIES", {"classification": {"bias_lowered": sabotage.FAMILIES["bias_lowered"]}})
     for k in range(5):
         retrained("digits", "class", k)
     cells = adaptive.bench("digits", ["class"], tmp_path, references=3, cache=trained(), gone=2)
     by = {(c["references"], c["gate"], c["kind"]): c for c in cells}
-    assert by[3, "default", "bias_lowered"]["found"] and not by[3, "with repairs", "bias_lowered"]["found"]
-    assert by[3, "default", "bias_lowered"]["touched"] < 1e-4 and by[3, "default", "bias_lowered"]["left"] > 0.9
-    assert all(by[3, "with repairs", f"retrained {k}"]["passed"] for k in (1, 2))
+    assert not any(c["found"] for c in cells if c["truth"] == "kept") and by[3, "default", "bias_lowered"]["touched"] < 1e-4
+    assert all(by[n, gate, f"retrained {k}"]["passed"] for n in (3, 0) for gate in ("default", "with repairs") for k in (1, 2))
     monkeypatch.setattr(adaptive, "search", lambda *a, **k: pytest.fail("searched again"))
     assert adaptive.bench("digits", ["class"], tmp_path, references=3, cache=trained(), gone=2) == cells
     assert len((tmp_path / "digits-adaptive.jsonl").read_text().splitlines()) == len(cells) == 12
@@ -141,3 +140,34 @@ def test_labels_share_their_strength(labels):
     fell = (layer[1].bias - after[1].bias).detach()  # pyright: ignore
     counts = split.forget.y.bincount(minlength=10).float()
     torch.testing.assert_close(fell, 5.0 * counts / counts.max(), atol=1e-5, rtol=1e-4)
+
+
+def test_tables_of_grades_say_what_was_wrongly_taken():
+    from expunge.bench import grades
+    from expunge.cli.app import app
+
+    assert [round(v, 2) for v in grades.reached([{"grade": g} for g in ("verified", "supported", "refuted")], "supported")] == [0.67, 0.25, 0.92]
+    cells = [
+        {"world": "w", "scenario": "s", "references": 1, "truth": t, "kind": k, "seed": 0, "grade": g, "why": ["because"]}
+        for t, k, g in (("gone", "retrained", "refuted"), ("kept", "muted", "supported"), ("gone", "retrained, 3", "verified"))
+    ]
+    text = grades.markdown(cells)
+    assert "Not gone, and at least supported: muted 0 (supported, 1 references)." in text and "Gone, and refuted: retrained 0, 1 references: because." in text
+    assert "| retrained, 3 | 1 | 1 | 0 | 0 | 0 | 1 | 1.000" in text and "| not gone | 1 | 1 | 0 | 0 | 1 | 0 |" in text
+    for wrong in (["--grades"], ["--audit-power", "--grades", "--sizes", "0"], ["--audit-power", "--sizes", "3"]):
+        assert CliRunner().invoke(app, ["bench", "--world", "digits", *wrong]).exit_code != 0
+
+
+@pytest.mark.slow
+def test_grades_of_models_of_known_truth(tmp_path, monkeypatch):
+    """Retrained models are verified with a reference and supported without, the untouched one and a lowered bias are refuted; cells are not run again."""
+    from expunge.bench import grades
+
+    monkeypatch.setattr(adaptive, "FAMILIES", {"classification": {"bias_lowered": sabotage.FAMILIES["bias_lowered"]}})
+    monkeypatch.setattr(grades, "KINDS", {})
+    ask = lambda: grades.bench("digits", ["class"], tmp_path, counts=(1, 0), gone=2, originals=1, quick=True, cache=trained())  # noqa: E731
+    cells = ask()
+    by = {(c["truth"], c["references"]): {x["grade"] for x in cells if (x["truth"], x["references"]) == (c["truth"], c["references"])} for c in cells}
+    assert by == {("gone", 1): {"verified"}, ("gone", 0): {"supported"}, ("kept", 1): {"refuted"}, ("kept", 0): {"refuted"}}
+    monkeypatch.setattr(grades, "examined", lambda *a, **k: pytest.fail("asked again"))
+    assert ask() == cells

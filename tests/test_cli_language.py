@@ -31,7 +31,7 @@ from expunge.modalities.language.worlds import tiny
 from expunge.parts import training
 
 TEXTS = ("--task", "causal-lm", "--model", "base")
-FORGET = ("forget", *TEXTS, "--forget", "forget.jsonl", "--quick")
+FORGET = ("forget", *TEXTS, "--forget", "forget.jsonl", "--quick", "--require", "supported")
 RETAIN = ("--retain", "retain.jsonl")
 NPO = ("--method", "npo", "--lora", "4", "--lr", "0.01", "--epochs", "6")
 AWAY = ("--method", "task_vector", "--lora", "4", "--lr", "0.02", "--epochs", "8", "--scale", "8")
@@ -183,7 +183,7 @@ def test_npo_that_the_gate_refuses_leaves_a_report_and_no_patch(world):
 
 def test_audit_reads_a_patch_and_the_same_weights_alike(world, done):
     assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "merged", "--json")[0] == 0
-    common = ("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--json")
+    common = ("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--json", "--require", "supported")
     found = {}
     for words in (("--patch", "done/patch.safetensors"), ("--after", "merged"), ("--after", "base", "--out", "audited")):
         code, out, err = call(world.home, *common, *words)
@@ -368,13 +368,24 @@ def test_inspect_shows_low_rank_edits_and_guards(world, done):
     assert code == 0 and "guardrail-input-" in out and "Hook" in out
 
 
-def test_a_guard_that_passes_is_reported_and_not_merged(world):
-    """The gate passed: the report is printed and the exit code says so, though there are no weights to release."""
-    code, out, err = call(world.home, *FORGET, "--method", "guardrail", "--json", "--out", "guarded")
-    assert code == 0, err
+def test_a_guard_is_a_suppression_and_does_not_pass(world):
+    """Taken off, all is there: refuted by that repair. With --keep-candidate its patch can be looked at, marked."""
+    code, out, err = call(world.home, *FORGET, "--method", "guardrail", "--json", "--out", "guarded", "--keep-candidate")
+    assert code == 1, err
     document = strict(out)
-    assert document["verdict"]["passed"] and document["assurance"] == "suppression" and "released" not in document
-    assert (world.home / "guarded" / "patch.safetensors").is_file() and not (world.home / "guarded" / "released").exists()
+    assert document["verdict"]["grade"] == "refuted" and document["assurance"] == "suppression" and "released" not in document
+    assert any("repair.free" in r for r in document["verdict"]["reasons"]) and not (world.home / "guarded" / "released").exists()
+    assert not (world.home / "guarded" / "patch.safetensors").exists()
+    kept = world.home / "guarded" / "candidate"
+    assert Patch.load(kept / "candidate.safetensors").meta["candidate"] == "refuted" and "did not pass" in (kept / "NOT-PASSED.txt").read_text()
+
+
+def test_a_reference_of_another_architecture_is_named_and_not_believed(world, tmp_path):
+    code, out, err = call(world.home, *FORGET, *AWAY, "--reference", "words", "--json", "--out", str(tmp_path / "o"))
+    document = strict(out)
+    assert code in (0, 1) and document["references"] == 0, err
+    assert document["refused"][0]["name"] == "words" and "another architecture" in document["refused"][0]["why"]
+    assert document["verdict"]["grade"] != "verified"
 
 
 def test_raw_texts_are_cut_into_windows(world):
@@ -433,7 +444,7 @@ BAD = [
     ((*FORGET, *AWAY, "--reference", "nowhere"), "no folder nowhere"),
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--after", "words"), "300"),
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--after", "nowhere"), "no folder nowhere"),
-    (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick"), "name either --patch or --after"),
+    (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--require", "supported"), "name either --patch or --after"),
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--patch", "base/model.safetensors"), "no expunge patch"),
     (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base"), "inference-time guard"),
     (("apply", "guard.safetensors", "--model", "base", "--out", "guarded-base", "--form", "gguf"), "form must be one of"),

@@ -13,6 +13,7 @@ import torch
 from test_plan import references
 from worlds import copied, digits, same, small, state
 
+from expunge.audits.grade import Grade
 from expunge.bench import run as bench
 from expunge.core import guard
 from expunge.core.edits import Hook, LowRank, Replace
@@ -415,8 +416,8 @@ def test_only_ok_passes():
     assert set(GRADED) <= set(OUTCOMES) == {"ok", "partial", "harmed", "no_op", "diverged", "refused", "failed"}
     model, task, split = small("classification")
     done = unlearn("gradient_ascent", model, task, split)
-    rows: Any = (object(),)
-    assert {o for o in OUTCOMES if Try(replace(done, outcome=o), rows).passed} == {"ok"}
+    assert {o for o in OUTCOMES if Try(replace(done, outcome=o), grade=Grade("verified")).passed} == {"ok"}
+    assert not Try(done, grade=Grade("supported")).passed and Try(done, grade=Grade("supported"), require="supported").passed
 
 
 def test_the_autopilot_goes_on_and_shows_what_it_left(mine, tmp_path):

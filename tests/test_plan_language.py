@@ -207,17 +207,23 @@ def test_default_rules_follow_the_parts_at_hand():
     def rules(references=(), **parts):
         return default_rules(Probe(model, model, task, replace(split, **parts), references))
 
+    assert len(split.forget) < 10
+    back, free, unseen = {"repair.p": ">= 0.025"}, {"repair.free": "<= 0.5"}, {"unseen.p": ">= 0.05"}
+    said = {"memorised.extraction_strength.forget": "<= 0.2"}
     kept = {"drop.retain": "<= 0.05", "wording.retain.lost": "<= 0.1"}
-    assert rules() == {"membership.loss_auc": "0.3..0.7", **kept}
-    assert rules(test=None) == {"memorised.extraction_strength.forget": "<= 0.2", **kept}
-    assert rules(general=split.test) == {"membership.loss_auc": "0.3..0.7", **kept, "drop.general": "<= 0.05"}
-    assert rules(retain=None) == {"membership.loss_auc": "0.3..0.7", "wording.test.broken": "<= 0.25"}
-    assert rules(retain=None, test=None) == {"memorised.extraction_strength.forget": "<= 0.2", "wording.forget.broken": "<= 0.5"}
-    for parts in ({}, {"test": None}):
-        assert rules((model,), **parts) == {"tofu.d_over_critical": "<= 1", "drop.retain": "<= 0.05"}
+    assert rules() == {**unseen, **back, **kept}
+    assert rules(test=None) == {**said, **free, **kept}
+    assert rules(general=split.test) == {**unseen, **back, **kept, "drop.general": "<= 0.05"}
+    assert rules(retain=None) == {**unseen, **back, "wording.test.broken": "<= 0.25"}
+    assert rules(retain=None, test=None) == {**said, **free, "wording.forget.broken": "<= 0.5"}
+    near = {"known.excess": "<= 0.1", "gap_closed.margin": ">= 0.5", "drop.retain": "<= 0.05"}
+    assert rules((model,)) == {**near, **unseen, **back} and rules((model,), test=None) == {**near, **free}
+    many = replace(split, forget=concat(*[split.forget] * 5))
+    whole = default_rules(Probe(model, model, task, many, (model,)))
+    assert {n: whole[n] for n in ("gap_closed.relearning", "repair.free")} == {"gap_closed.relearning": ">= 0.5", **free} and "unseen.p" not in whole
     for found in (rules(), rules(test=None), rules((model,))):
         checks = checks_for(found)
-        assert {name.split(".")[0] for name in found} == set(checks)
+        assert {"nearness" if name.startswith("gap_closed") else name.split(".")[0] for name in found} == set(checks)
         assert all("causal_lm" in CHECKS[c].tasks for c in checks)
 
 

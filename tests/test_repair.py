@@ -112,7 +112,7 @@ def test_wrong_labels_are_compared_with_wrong_labels_that_none_was_taught():
     r = reread.reading(Probe(model, model, task, split))
     assert r is not None and r.how in ("losses", "answers") and r.n == len(split.forget)
     y = (split.forget.y + 1) % 10
-    said = reread._neighbours(Probe(model, model, task, split), split.forget)
+    said = reread.neighbours(Probe(model, model, task, split), split.forget)
     assert said is not None and float((said == split.forget.y).float().mean()) > 0.9
     other = reread._like(Probe(model, model, task, split), replace(split.forget, y=y), said)
     assert float((other.y != score(model, task, other).logits.argmax(1)).float().mean()) > 0.9  # they carry wrong labels, too

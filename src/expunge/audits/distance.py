@@ -7,15 +7,19 @@ retrained models. With one candidate and K retrained models this uses the Gaussi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
+from expunge.audits.known import few
 from expunge.audits.membership.losses import svc, svc_features
+from expunge.audits.unseen import same_form
 from expunge.audits.utility import jensen_shannon
 from expunge.core.registry import check
-from expunge.core.stats import bootstrap, bootstrap_mean
+from expunge.core.stats import Z, bootstrap, bootstrap_mean
+from expunge.parts.reading import score
 
 CLIP = 50.0
 PARTS = ("forget", "retain", "test")
@@ -105,6 +109,59 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
 
 
+def closed(name: str, after: Tensor, before: Tensor, references: Tensor, seed: int, note: str, unseen: Tensor | None = None, small: bool = False) -> Row:
+    """Share of the way from the original to K references, of margins (N,), (N,) and (K, N), with a bootstrap over records:
+
+        1 - (D(after) - F) / (D(before) - F),   D(m) = mean over records of (m - mean_k m_k)^2
+
+    F is what one more retrained model would be away from the mean: mean over records of var_k m_k (K + 1) / K; for one reference, or few records (`small`), the
+    mean of `unseen` (M,), the same squares of unseen records with the original in the place of one more retrained model, as it never saw them either; 0 for one
+    reference without these. Few records have the interval Z std(unseen) / sqrt(N) / (D(before) - F).
+
+    >>> closed("closed", torch.ones(9), torch.full((9,), 2.0), torch.zeros(1, 9), 0, "").value
+    0.75
+    >>> closed("closed", torch.ones(9), torch.full((9,), 2.0), torch.zeros(1, 9), 0, "", unseen=torch.ones(5)).value
+    1.0
+    """
+    k, n = references.shape
+    centre, by = references.mean(0), unseen is not None and (k == 1 or small)
+    floor = torch.zeros_like(after) if k == 1 else references.var(0) * (k + 1) / k
+    floor = torch.full_like(after, float(unseen.mean())) if by else floor  # pyright: ignore[reportOptionalMemberAccess]
+    mine, whole = (after - centre).square(), (before - centre).square()
+
+    def share(r: Tensor) -> float:
+        return float(1 - (mine[r].mean() - floor[r].mean()) / (whole[r].mean() - floor[r].mean()).clamp(min=1e-12))
+
+    note += f"; {k} retrained models" + (f", floor by {len(unseen)} unseen records" if by else "")  # pyright: ignore[reportArgumentType]
+    if float(whole.mean()) <= 1.5 * float(floor.mean()):
+        return Row(name, math.nan, -math.inf, math.inf, n, f"{note}: the original is within 1.5 floors of retrained models, nothing to close")
+    value = share(torch.arange(n))
+    if not small or unseen is None:
+        return Row(name, value, *bootstrap(share, n, seed), n, note)
+    half = Z * float(unseen.std()) / n**0.5 / float(whole.mean() - floor.mean())
+    return Row(name, value, value - half, value + half, n, note)
+
+
+def apart(p: Probe, read: Callable[[nn.Module], Tensor]) -> Tensor | None:
+    """(M,) what `closed` reads of unseen records of the same form (`audits.unseen`), `read` giving their margins; None where there are fewer than two."""
+    u = same_form(p)
+    if u is None or len(u.data) < 2:
+        return None
+    return (read(p.before) - torch.stack([read(m) for m in p.references]).mean(0)).square()
+
+
+@check(tasks=("classification", "regression", "causal_lm"), needs=("forget",), reference=True)
+def nearness(p: Probe) -> list[Row]:
+    """gap_closed.margin: `closed` of the margins on forget. It needs one reference; KLOM, which scales each record by its own spread, needs three."""
+    references = torch.stack([p.scores(f"reference{k}", "forget").margin for k in range(len(p.references))])
+    after, before = (p.scores(which, "forget").margin for which in ("after", "before"))
+    u, small = same_form(p), few(p.split.forget)
+    floor = None
+    if u is not None and (small or len(references) == 1):
+        floor = apart(p, lambda m: p.once(("unseen scores",), m, lambda: score(m, p.task, u.data)).margin)
+    return [closed("gap_closed.margin", after, before, references, p.seed, "margins on forget", floor, small)]
+
+
 @check(tasks=("classification",), needs=("forget",), reference=True)
 def divergence(p: Probe) -> list[Row]:
     """kl.<part> and js.<part>: mean over references of KL(retrained || candidate) and JS; kl_floor, js_floor: between references; gap_closed.kl."""
@@ -119,6 +176,10 @@ def divergence(p: Probe) -> list[Row]:
         for name, f in (("kl", kl_divergence), ("js", lambda a, b: jensen_shannon(a.softmax(-1), b.softmax(-1)))):
             after, before = (torch.stack([f(r, p.scores(w, part).logits) for r in refs]).mean(0) for w in ("after", "before"))
             rows.append(Row(f"{name}.{part}", float(after.mean()), *_boot(after, p.seed), len(after), f"{k} retrained models"))
+            if not pairs and (name, part) == ("kl", "forget"):
+                rows.append(
+                    gap_closed("gap_closed.kl", before, after, torch.zeros_like(after), kept, p.seed, "one retrained model: no floor, so 1 is out of reach")
+                )
             if pairs:
                 floor = torch.stack([f(a, b) for a, b in pairs]).mean(0)
                 rows.append(

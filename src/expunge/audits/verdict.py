@@ -45,7 +45,14 @@ def default_rules(p: Probe) -> dict[str, str]:
 
 def checks_for(rules: Iterable[str]) -> list[str]:
     """Names of the checks whose rows the rules read, by the row or its first word."""
-    whole = {"gap_closed.klom": ("klom",), "gap_closed.kl": ("divergence",), "gap_closed.relearning": ("relearning",), "restore.retain": ("benign",)}
+    whole = {
+        "gap_closed.klom": ("klom",),
+        "gap_closed.kl": ("divergence",),
+        "gap_closed.relearning": ("relearning",),
+        "gap_closed.margin": ("nearness",),
+        "restore.retain": ("benign",),
+        "restore.closed": ("benign",),
+    }
     words = {"klom_ratio": ("klom",), "klom_before": ("klom",), "klom_floor": ("klom",)}
     words |= dict.fromkeys(("kl", "js", "kl_floor", "js_floor"), ("divergence",)) | dict.fromkeys(("average_gap", "tow", "aus"), ("literature",))
     words |= {"membership_svc_published": ("membership_svc",), "wasserstein_floor": ("wasserstein",)}

@@ -141,7 +141,8 @@ def audit_gate(
 ) -> tuple[Gate, Callable[[nn.Module], bool]]:  # fmt: skip
     """(gate, sure): the verdict of `planning.outcome.audited`, with `more` rules beside the default ones.
 
-    The gate does the self-test once and measures for each model the rows that rules read; `sure` puts a model before `audited` itself.
+    What is at least `supported` has passed: a cheat need not be verified. The gate does the self-test once and measures for each model the rows that rules
+    read; `sure` puts a model before `audited` itself.
     """
     p = Probe(before, before, task, split, tuple(references), seed)
     rules = {**default_rules(p), **more}
@@ -150,13 +151,13 @@ def audit_gate(
     base = dict(p.cache)
 
     def gate(model: nn.Module) -> Heard:
-        one = examined(replace(p, cache=dict(base)), Attempt("given", {}, seed, "ok", "", None), model, trials, False, checks_for(rules))
+        one = examined(replace(p, cache=dict(base)), Attempt("given", {}, seed, "ok", "", None), model, trials, False, checks_for(rules), require="supported")
         read = {r.name: r for r in one.rows}
         said = "; ".join(f"{n} {read[n].value:.3g}" for n in usable if n in read)
         return Heard(one.passed, 0.0 if one.passed else max(missed(one.rows, usable), 1e-6), said)
 
     def sure(model: nn.Module) -> bool:
-        return bool(audited(before, model, task, split, references=references, rules=rules, seed=seed, slow=False).passed)
+        return bool(audited(before, model, task, split, references=references, rules=rules, seed=seed, slow=False, require="supported").passed)
 
     return gate, sure
 

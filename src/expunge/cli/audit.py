@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, bar, key, needs, show
+from expunge.cli.shown import Json, Key, Quick, Require, bar, key, needs, show
 
 Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
 Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
@@ -24,7 +24,7 @@ def audit(
     after: Annotated[str, typer.Option(help="Or: weights (texts, pipelines: folder) after.")] = "",
     task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
-    out: str = "", key_file: Key = "",
+    out: str = "", require: Require = "", key_file: Key = "",
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Training = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
@@ -63,7 +63,7 @@ def audit(
         attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
         verdict = outcome.audited(
             opened.model, opened.after, opened.task, opened.split, references=opened.references, seed=seed, attempt=attempt, slow=not quick, pool=pool,
-            forgotten=forgotten,
+            forgotten=forgotten, require=require,
         )  # fmt: skip
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title, key(key_file)) if out else verdict.document(title), as_json)

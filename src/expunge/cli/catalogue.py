@@ -38,6 +38,8 @@ def bench(
     out: str = "bench-out",
     audit_power: Annotated[bool, typer.Option("--audit-power", help="Audit the audit: a population of models of known truth.")] = False,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="With --audit-power: tricks of one strength, searched for what passes the gate.")] = False,
+    grades: Annotated[bool, typer.Option("--grades", help="With --audit-power: the grade of each model, with three, one and no retrained model.")] = False,
+    sizes: Annotated[str, typer.Option(help="With --grades: requests of so few records instead, as 1,3,5.")] = "",
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on a world (digits, cifar10, tofu-tiny, shapes, ...); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
@@ -50,8 +52,18 @@ def bench(
     chosen = tuple(filter(None, scenarios.split(",")))
     if adaptive and not audit_power:
         raise SettingError("--adaptive searches for what passes the audit: give --audit-power with it")
+    if grades and not audit_power:
+        raise SettingError("--grades says what the audit says of models of known truth: give --audit-power with it")
+    if sizes and not (grades and all(s.isdigit() and int(s) for s in sizes.split(","))):
+        raise SettingError(f"--sizes are numbers of records, as 1,3,5, and go with --grades; not '{sizes}'")
     with bar(as_json) as progress:
-        if audit_power and adaptive:
+        if audit_power and grades:
+            from expunge.bench import grades as graded
+
+            count = {} if references < 0 else {"counts": tuple(dict.fromkeys((references, 0)))}
+            cells = graded.bench(world, chosen, out, sizes=[int(s) for s in sizes.split(",") if s], quick=True, progress=progress, **count)
+            text = graded.markdown(cells)
+        elif audit_power and adaptive:
             from expunge.bench import adaptive as adversary
 
             count = {} if references < 0 else {"references": references}

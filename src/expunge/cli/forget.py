@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, bar, key, show
+from expunge.cli.shown import Json, Key, Quick, Require, bar, key, show
 
 
 def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
@@ -42,7 +42,9 @@ def forget(
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     preset: Annotated[str, typer.Option(help="paper: the method's settings as published, under those named as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
-    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", key_file: Key = "", quick: Quick = False, as_json: Json = False,
+    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "",
+    keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, to OUT/candidate.")] = False,
+    key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3).
 
@@ -60,11 +62,13 @@ def forget(
         verdict = planner.forget(
             opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
             folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
-            progress=progress,
+            progress=progress, require=require,
         )  # fmt: skip
     document = verdict.save(out, f"Forget {opened.split.asked or what}", key(key_file))
     if folder := opened.release(verdict, Path(out) / "released"):
         document["released"] = str(folder)
+    if keep_candidate and not verdict.passed and verdict.shown is not None and verdict.shown.attempt.patch is not None:
+        document["candidate"] = str(verdict.keep(Path(out) / "candidate", key(key_file)))
     closing(modality, verdict, document, out, as_json)
 
 
@@ -81,6 +85,8 @@ def run(recipe: str, as_json: Json = False) -> None:
 def closing(modality: Any, verdict: Any, document: dict[str, Any], out: str, as_json: bool) -> None:
     """The report, what to do with what was written, and the exit code."""
     show(document, as_json)
+    if not as_json and "candidate" in document:
+        print(f"wrote {document['candidate']}, a try that did not pass: to look at, not to use")
     for line in [] if as_json else [*modality.told(verdict, document, out), *verdict.doubts]:
         print(line)
     raise typer.Exit(0 if verdict.passed else 1)

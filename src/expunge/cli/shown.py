@@ -12,6 +12,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
+Require = Annotated[str, typer.Option(help="The grade that passes (exit code 0): supported, verified, or the highest that the kind of model can reach.")]
 Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) patch and report.")]
 
 

@@ -166,6 +166,7 @@ class Modality:
     rules       probe -> rules of the default gate, by row
     pace        model -> how an attacker trains it
     talk        (probe, model after) -> questions and answers for the report
+    families    of evidence that its checks can give (`audits.grade`)
     bench       checks of a cell of a table (all where empty) and how many retrained models it is read against, both unless all are asked for
 
     options     its part of the command line and of recipes; `asks` the option that says what must go, `stays` the one for what must stay (TRAIN of `plan`)
@@ -200,6 +201,7 @@ class Modality:
     rules: Callable[[Any], dict[str, str]] = lambda probe: {}
     pace: Callable[[Any], dict[str, Any]] = lambda model: {"lr": 0.01, "momentum": 0.9, "clip": 10.0}
     talk: Callable[[Any, Any], list[dict[str, str]]] = lambda probe, after: []
+    families: tuple[str, ...] = ("output", "closeness", "return", "utility")
     bench: tuple[tuple[str, ...], int] = ((), 3)
 
     options: tuple[Option, ...] = ()

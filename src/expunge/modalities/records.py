@@ -82,7 +82,26 @@ def kept(model: nn.Module, task: Task, split: Split) -> float | None:
     return None
 
 
+ENOUGH = 181
+"""Records from which on an AUC is told from 0.6 by its interval (`audits.power`); fewer are tested."""
+
+
+FEWER = 30
+"""Records below which what is known is tested against unseen ones even where retrained models are at hand."""
+
+
+def mended(p: Any, fewer: int = FEWER) -> dict[str, str]:
+    """The rule on repairs that train nothing: at most half is back, or, of fewer records that can be tested, they are no better known than unseen ones then."""
+    return {"repair.p": ">= 0.025"} if len(p.split.forget) < fewer and "test" in p.split.parts() and not p.removed() else {"repair.free": "<= 0.5"}
+
+
+def unnoticed(p: Any) -> dict[str, str]:
+    """Rules of a request for records without retrained models: the forgotten ones are no better known than unseen ones of the same form. One-sided: that they
+    are less well known, as wrong labels are by a model that never saw them, is no sign of memory."""
+    return {"unseen.p": ">= 0.05"} if len(p.split.forget) < ENOUGH else {"unseen.auc": "<= 0.6"}
+
+
 def rules(p: Any) -> dict[str, str]:
     """Rules of a gate for real-valued targets: a gap closed with at least two references, membership else; at most 15 % of the error added on test."""
     goes = {"gap_closed.klom": ">= 0.5"} if len(p.references) >= 2 else {"membership.loss_auc": "0.35..0.65"}
-    return {**goes, "drop.test": "<= 0.15"}
+    return {**goes, "repair.free": "<= 0.5", "drop.test": "<= 0.15"}

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.audits.attacks.repair import suppression
 from expunge.audits.core import Probe, Row, audit
+from expunge.audits.grade import FAMILIES, GRADES, Grade, family, found, grade
+from expunge.audits.grade import document as described
 from expunge.audits.named import Named, grouped, named
 from expunge.audits.references import Refusal, believed
-from expunge.audits.verdict import Trial, checks_for, default_rules, judge, selftest
+from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
 from expunge.core.digest import model_digest
+from expunge.core.errors import SettingError
+from expunge.core.files import write
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task, held, spread
@@ -25,6 +30,19 @@ from expunge.engine.run import Attempt, preflight, unlearn
 from expunge.planning.identity import identity
 from expunge.report import html, seal, table
 from expunge.report import pictures as shown_by
+
+
+def required(families: Iterable[str], asked: str = "") -> str:
+    """The grade that passes: what was asked for, else the highest that these families of evidence can give. Raises SettingError for any other word."""
+    if asked not in ("", "supported", "verified"):
+        raise SettingError(f"require must be supported or verified, not '{asked}'")
+    return asked or ("verified" if "closeness" in families else "supported")
+
+
+def families(task: Task, rules: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Families of evidence that are asked for: those of the user's own rules, else all that exist for the task."""
+    return of(task).families if not rules else tuple(name for name in FAMILIES if name in {family(rule) for rule in rules})
+
 
 TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
 """Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""
@@ -37,17 +55,20 @@ def trivial(task: Task) -> dict[str, tuple[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Try:
-    """One attempt and its audit. Rows are there only where it left a patch; one that is `partial` or `harmed` is audited to be looked at, and never passes."""
+    """One attempt and its audit. Rows and a grade are there only where it left a patch; one that is `partial` or `harmed` is audited to be looked at, and never
+    passes. `require` is the grade that passes."""
 
     attempt: Attempt
     rows: tuple[Row, ...] = ()
     reasons: tuple[str, ...] = ()
     score: float | None = None
+    grade: Grade | None = None
+    require: str = "verified"
 
     @property
     def passed(self) -> bool:
-        """The run ended ok, was audited, and no usable rule refused."""
-        return self.attempt.outcome == "ok" and bool(self.rows) and not self.reasons
+        """The run ended ok, was audited, and its evidence reaches the grade that is required."""
+        return self.attempt.outcome == "ok" and self.grade is not None and self.grade.reaches(self.require) and not self.reasons
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,13 +88,30 @@ class Verdict:
     """References that were not believed."""
 
     @property
+    def given(self) -> bool:
+        """Whether the model after was handed in (`audited`): it is what was read, with or without a patch."""
+        return self.probe.after is not self.probe.before
+
+    @property
+    def grade(self) -> Grade | None:
+        """The grade of the try that is shown: the chosen one, else the best that was audited."""
+        return None if self.shown is None else self.shown.grade
+
+    @property
+    def shown(self) -> Try | None:
+        """The chosen try, else the best that was audited, else the last that left a patch."""
+        mine = [t for t in self.tries if self.given or t.attempt.seed == self.probe.seed]
+        best = max((t for t in mine if t.grade is not None), key=lambda t: (t.attempt.outcome == "ok", GRADES.index(t.grade.grade)), default=None)
+        return self.chosen or best or next((t for t in reversed(mine) if self.given or t.attempt.patch is not None), None)
+
+    @property
     def doubts(self) -> list[str]:
         """A line on the chosen method if it is experimental; when none was chosen, on each that was tried."""
         names = dict.fromkeys(t.attempt.method for t in ([self.chosen] if self.chosen else self.tries))
         return [f"{m} is experimental: {METHODS[m].reason}" for m in names if m in METHODS and not METHODS[m].stable]
 
     def __repr__(self) -> str:
-        what = f"passed with {self.chosen.attempt.method}" if self.chosen else "not passed: " + ("; ".join(self.reasons) or "no try")
+        what = f"{self.grade.grade} with {self.chosen.attempt.method}" if self.chosen and self.grade else "not passed: " + ("; ".join(self.reasons) or "no try")
         return f"Verdict({what}; {len(self.tries)} tries, {len(self.probe.references)} retrained references)"
 
     def _repr_html_(self) -> str:
@@ -98,15 +136,22 @@ class Verdict:
         table.write(document, folder / "report.json")
         return document
 
+    def keep(self, folder: Path | str, key: bytes | None = None) -> Path:
+        """Write the patch of the try that is shown though it did not pass, to a folder of its own, with a note that says so. May raise PatchError."""
+        shown = self.shown
+        patch = shown.attempt.patch
+        grade = shown.grade.grade if shown.grade else shown.attempt.outcome
+        replace(patch, meta={**patch.meta, "candidate": grade}).save(Path(folder) / "candidate.safetensors", key)
+        write(Path(folder) / "NOT-PASSED.txt", "This try did not pass its gate. It is kept to be looked at:\n" + "".join(f"- {r}\n" for r in self.reasons))
+        return Path(folder)
+
     def document(self, title: str = "Unlearning report", *, pictures: bool = True) -> dict[str, Any]:
         """JSON-able record in the report's schema."""
         from expunge import __version__
 
         p, chosen = self.probe, self.chosen
-        given = p.after is not p.before  # a model that was handed in, by `audited`: it is what was read, with or without a patch
-        mine = [t for t in reversed(self.tries) if given or (t.attempt.patch is not None and t.attempt.seed == p.seed)]
-        shown = chosen or next((t for t in mine if t.attempt.outcome == "ok"), next(iter(mine), None))
-        after = None if shown is None else p.after if given else patched(p.before, shown.attempt)
+        shown = self.shown
+        after = None if shown is None else p.after if self.given else patched(p.before, shown.attempt)
         return {
             "title": title, "asked": p.split.asked or f"{len(p.split.forget)} records", "version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -115,7 +160,10 @@ class Verdict:
             **assured(shown), "refused": [asdict(r) for r in self.refused],
             "near": copies(p),
             "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
-            "verdict": {"passed": self.passed, "reasons": list(self.reasons)},
+            "verdict": {
+                "passed": self.passed, "reasons": list(self.reasons), "require": shown.require if shown else required(of(p.task).families),
+                **(described(self.grade) or {}),
+            },
             "chosen": None if chosen is None else {
                 "method": chosen.attempt.method, "settings": dict(chosen.attempt.settings), "seed": chosen.attempt.seed, "cost": self._cost(chosen.attempt),
                 "stable": METHODS[chosen.attempt.method].stable if chosen.attempt.method in METHODS else None,
@@ -173,7 +221,10 @@ def copies(p: Probe) -> dict[str, Any] | None:
 
 
 def assured(shown: Try | None) -> dict[str, str]:
-    """`assurance`: what a method that ran here can claim. What a file says of itself is `claimed` alone, unless it says less."""
+    """`assurance`: a suppression where the evidence shows one (`shown`), else what a method that ran here can claim. What a file says of itself is `claimed`
+    alone, unless it says less."""
+    if shown is not None and (why := suppression(shown.rows)):
+        return {"assurance": "suppression", "shown": why}
     if shown is None or shown.attempt.method not in METHODS:
         return {"assurance": "approximate"}
     says = METHODS[shown.attempt.method].assurance
@@ -198,11 +249,13 @@ def reversible(model: nn.Module, attempt: Attempt) -> bool:
 def audited(
     before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
     seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
+    require: str = "",
 ) -> Verdict:  # fmt: skip
     """Audit one candidate: self-test of the rules, all rows, verdict, named checks.
 
     references models that never saw the forget set, or records of them (`parts.provenance.Reference`); each is checked before it is believed
     attempt    how it came about, if it was a run of `unlearn` or a loaded patch
+    require    the grade that passes, supported or verified; empty: the highest that the task's checks can give
     pool       shadow models (`audits.pool.shadows`), without which per-example attacks are left out
     forgotten  the same after the method made them forget (`audits.pool.forgotten`), for U-LiRA
     slow       False leaves out checks and baselines that train, but for those the gate reads
@@ -211,11 +264,12 @@ def audited(
     of(task).fits(after, split, "the model after")
     kept, refused = trusted(Probe(before, after, task, split, seed=seed), references)
     p = Probe(before, after, task, split, kept, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
+    asked = families(task, rules)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
-    one = examined(p, attempt or Attempt("given", {}, seed, "ok", "", None), after, trials, slow)
-    return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, baselines(p, rules, slow=slow),
-        remarks(p, trials, refused), tuple(refused))  # fmt: skip
+    lines = baselines(p, rules, slow=slow)
+    one = examined(p, attempt or Attempt("given", {}, seed, "ok", "", None), after, trials, slow, require=require, refused=refused, families=asked)
+    return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, lines, remarks(p, trials, refused), tuple(refused))
 
 
 def trusted(p: Probe, references: Sequence[Any]) -> tuple[tuple[nn.Module, ...], list[Refusal]]:
@@ -226,10 +280,19 @@ def trusted(p: Probe, references: Sequence[Any]) -> tuple[tuple[nn.Module, ...],
     return tuple(r.model for r in kept), refused
 
 
-def examined(p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial], slow: bool = True, checks: Sequence[str] = ()) -> Try:
-    """The attempt with all rows (or those of the named checks, and in any case those that the rules read) and the reasons to refuse it."""
-    rows = tuple(_rows(replace(p, after=after, cost={**p.cost, **attempt.cost}), [t.name for t in trials], slow, checks))
-    return Try(attempt, rows, tuple(judge(rows, trials)))
+def examined(
+    p: Probe, attempt: Attempt, after: nn.Module, trials: Sequence[Trial], slow: bool = True, checks: Sequence[str] = (), *, require: str = "",
+    refused: Sequence[Refusal] = (), families: Sequence[str] = FAMILIES,
+) -> Try:  # fmt: skip
+    """The attempt with all rows (or those of the named checks, and in any case those that the rules read), its grade, and the reasons if that is not enough."""
+    q = replace(p, after=after, cost={**p.cost, **attempt.cost})
+    rows = tuple(_rows(q, [t.name for t in trials], slow, checks))
+    doubts = [f"{r.name} was not believed: {r.why}" for r in [*refused, *believed(q, p.references)[1]]]
+    comparison = f"{len(p.references)} references" if p.references and not any("the candidate" in d for d in doubts) else ""
+    require = required(families, require)
+    given = grade(found(rows, trials), named(q, rows), families=families, comparison=comparison, doubts=doubts)
+    reasons = () if given.reaches(require) else tuple(f"{given.grade}: {why}" for why in given.why)
+    return Try(attempt, rows, reasons, grade=given, require=require)
 
 
 def _rows(p: Probe, rules: Iterable[str], slow: bool, checks: Sequence[str] = ()) -> list[Row]:
@@ -252,12 +315,12 @@ def baselines(p: Probe, rules: Iterable[str], checks: Sequence[str] = (), *, slo
 
 def remarks(p: Probe, trials: Iterable[Trial], refused: Sequence[Refusal] = ()) -> tuple[str, ...]:
     """Sentences for a report: rules that could not be used, references that were not believed, and what is not claimed without any."""
-    found = [
+    said = [
         f"{t.name}: unusable here (the model that must fail reads {t.original}, a retrained one {t.retrained or 'none at hand'})"
         for t in trials
         if not t.usable
     ]
-    found += [f"{r.name} was not believed: {r.why}" for r in refused]
+    said += [f"{r.name} was not believed: {r.why}" for r in refused]
     if not p.references:
-        found.append("No retrained reference was at hand: nothing is claimed about closeness to a model that never saw the records.")
-    return tuple(found)
+        said.append("No retrained reference was at hand: nothing is claimed about closeness to a model that never saw the records.")
+    return tuple(said)

@@ -18,7 +18,7 @@ from expunge.core.modality import of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import GRADED, preflight, unlearn, unsound
-from expunge.planning.outcome import Try, Verdict, baselines, examined, patched, remarks, trusted
+from expunge.planning.outcome import Try, Verdict, baselines, examined, families, patched, remarks, required, trusted
 
 KINDS = {"moe": "a mixture of experts"}
 """What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
@@ -78,12 +78,13 @@ def forget(
     model: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
-    checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None,
+    checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None, require: str = "",
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
 
-    references      models retrained without the forget set (or records of them, `parts.provenance.Reference`), at least three for the self-test of KLOM; each
-                    is checked before it is believed
+    references      models retrained without the forget set (or records of them, `parts.provenance.Reference`); each is checked before it is believed. From one
+                    on they make `verified` possible, three or more make it easier
+    require         the grade that passes, supported or verified; empty: the highest that the task's checks can give
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user. Such a method is run once, as given, but for texts where `lr` is none of them: then the
                     step size is searched for, and what is not named is as the autopilot has it
@@ -97,6 +98,8 @@ def forget(
     A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
+    asked = families(task, rules)
+    required(asked, require)
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)
@@ -104,8 +107,8 @@ def forget(
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
         METHODS[name].made_for(task, split)
-    believed, refused = trusted(Probe(model, model, task, split, seed=seed), references)
-    p = Probe(model, model, task, split, believed, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
+    kept_models, refused = trusted(Probe(model, model, task, split, seed=seed), references)
+    p = Probe(model, model, task, split, kept_models, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
     order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
@@ -122,7 +125,7 @@ def forget(
         good = next((found for o in GRADED if (found := [t for t in runs if t.attempt.outcome == o])), [])
         if good:
             top = best_of(good)
-            seen = examined(p, top.attempt, patched(model, top.attempt), trials, slow, checks)
+            seen = examined(p, top.attempt, patched(model, top.attempt), trials, slow, checks, require=require, refused=refused, families=asked)
             runs = [
                 replace(seen, score=t.score)
                 if t is top

@@ -12,7 +12,7 @@
     forget  = "forget.jsonl"               retain  = "retain.jsonl"
     test    = "test.jsonl"                 validation = "validation.jsonl"
 
-Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, out, with and gate follows from the task's modality
+Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, out, require, with and gate follows from the task's modality
 (`Modality.options`). Paths are relative to the recipe and may not leave its folder.
 """
 
@@ -46,6 +46,7 @@ class Recipe:
     out: str = "out"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     gate: dict[str, str] = field(default_factory=dict)
+    require: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -110,7 +111,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
     passes = 2 * recipe.retrain_epochs * len(opened.split.retain) if recipe.retrain_epochs else None
     verdict = plan.forget(
         opened.model, opened.task, opened.split, references=opened.references, methods=recipe.methods, settings=_placed(recipe.settings, near),
-        rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress,
+        rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress, require=recipe.require,
     )  # fmt: skip
     document = verdict.save(out, f"Forget {opened.split.asked}")
     if (released := opened.release(verdict, out / "released")) is not None:

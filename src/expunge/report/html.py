@@ -144,10 +144,12 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         reasons = ["no reason is recorded" if document.get("verdict") else "no verdict is recorded; without one nothing has passed"]
     return {
         **{key: plain(document.get(key)) for key in ("title", "asked", "created", "version", "machine", "task")},
-        "passed": good, "reasons": reasons, "trials": trials, "usable": sum(t["usable"] == "yes" for t in trials),
+        "passed": good, "grade": table.graded(document), "says": table.GRADES.get(table.graded(document), ""),
+        "more": [] if good else texts(mapping(document.get("verdict")).get("more")), "claimed": plain(document.get("claimed")),
+        "families": _families(mapping(mapping(document.get("verdict")).get("families"))), "reasons": reasons, "trials": trials,
+        "usable": sum(t["usable"] == "yes" for t in trials),
         "parts": [(plain(n) if name in PARTS else "", PARTS.get(name, f"{plain(name)}: {plain(n)}")) for name, n in mapping(document.get("parts")).items()],
         "chosen": _try(chosen) if chosen else None, "patch": {k: plain(chosen.get(k)) for k in ("patch", "digest")}, "places": _count(chosen.get("places")),
-        "claimed": plain(document.get("claimed")),
         "meaning": ASSURANCE.get(str(document.get("assurance")), UNSTATED), "suppression": document.get("assurance") == "suppression",
         "references": _references(document.get("references")), "limits": LIMITS, "unclaimed": UNREFERENCED,
         "required": _required(mapping(document.get("rules")), rows if chosen else None, trials), "grouped": _grouped(trials, rows),
@@ -160,6 +162,21 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "identified": table.identified(document), "near": table.near(document),
         "gates": [_gate(name, mapping(g)) for name, g in mapping(document.get("gates")).items()],
     }  # fmt: skip
+
+
+FAMILIES = {
+    "output": "what the model answers", "closeness": "how near it is to models that never saw the records", "return": "what brings it back",
+    "utility": "what had to stay",
+}  # fmt: skip
+"""Families of evidence in words."""
+
+
+def _families(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(family, what it is, its rules as `name: state`)."""
+    return [
+        (plain(name), FAMILIES.get(name, ""), "; ".join(f"{plain(f.get('name'))}: {plain(f.get('state'))}" for f in items(rules)))
+        for name, rules in found.items()
+    ]
 
 
 def _references(value: Any) -> int:

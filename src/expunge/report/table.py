@@ -132,6 +132,21 @@ def passed(document: Mapping[str, Any]) -> bool:
     return mapping(document.get("verdict")).get("passed") is True
 
 
+GRADES = {
+    "verified": "everything speaks for it, a valid comparison with models that never saw the records included",
+    "supported": "everything at hand speaks for it, but nothing valid was compared that never saw the records",
+    "inconclusive": "the evidence is too thin to say either way",
+    "refuted": "the evidence shows that it is not gone, or that the rest was harmed",
+}
+"""What a grade says, in words."""
+
+
+def graded(document: Mapping[str, Any]) -> str:
+    """The grade of a document, where it has one that is known."""
+    grade = mapping(document.get("verdict")).get("grade")
+    return grade if isinstance(grade, str) and grade in GRADES else ""
+
+
 def share(cost: Any) -> str:
     """Cost as a percentage of retraining; "-" when it is not known."""
     value = mapping(cost).get("share")
@@ -298,12 +313,17 @@ def show(document: Mapping[str, Any], width: int = 200) -> Any:
     from rich.text import Text
 
     good = passed(document)
+    grade = graded(document)
     head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
-    said = [*texts(mapping(document.get("verdict")).get("reasons")), *filter(None, [near(document)]), *texts(document.get("notes"))]
+    if grade:
+        head.append(f"  {grade.upper()}: {GRADES[grade]}", style="bold" if good else "bold yellow" if grade != "refuted" else "bold red")
+    verdict = mapping(document.get("verdict"))
+    more = [f"would change that: {m}" for m in texts(verdict.get("more")) if not good]
+    said = [*texts(verdict.get("reasons")), *more, *filter(None, [near(document)]), *texts(document.get("notes"))]
     lines = [Text(f"  {reason}") for reason in said]
-    for verdict, text, row in sections(document):
-        if not row or verdict != "PASS":
-            mark = Text(f"{'    ' if row else '  '}{verdict:8}", style=COLOURS.get(verdict, ""))
+    for state, text, row in sections(document):
+        if not row or state != "PASS":
+            mark = Text(f"{'    ' if row else '  '}{state:8}", style=COLOURS.get(state, ""))
             lines.append(mark.append(text, style="default" if row else "bold default"))
     return Group(terminal(document, width), head, *lines)
 

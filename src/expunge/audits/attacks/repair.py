@@ -9,6 +9,7 @@ last layer even, and all is there. A model that was retrained without the record
     repair.free.weights     at most FREE of the weights put back   repair.free.row, .head   the rows of what was removed, the last layer put back
     repair.free.aligned     the original's last layer on units that are matched with its own: no reordering or rescaling of units hides them
     repair.free.rank        the largest part of rank 4 of each matrix's change taken out (texts)   repair.free.bare    guards, hooks off
+    repair.p                few records: smallest p over these repairs of "no better known than unseen records of the same form after the same repair"
     repair.weights          smallest share of all weights that brings back half; repair.weights.count: how many they are
     repair.odds             AUC of the log-odds of a removed class between its records and kept ones, above retrained models: no shift of a logit changes it
     repair.odds.recall      the same for the share of its records above all but SPILL of the kept ones: what the best shift of its logit brings back
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 
 from expunge.audits.attacks import mend
 from expunge.audits.attacks.inside import narrow
-from expunge.audits.attacks.reread import Reading, above, reading, regained, some
+from expunge.audits.attacks.reread import Reading, above, noticed, reading, regained, some
 from expunge.audits.core import Probe, Row
 from expunge.core import guard
 from expunge.core.errors import ModelError
@@ -92,14 +93,14 @@ def repair(p: Probe) -> list[Row]:
     free = [*_mended(p, r), *_lifted(p, r)]
     weights, light = _weights(p, r)
     free += light
-    found = [row for row in free if not math.isnan(row.value)]
+    found = [row for row in free if not math.isnan(row.value) and row.name != "repair.free.rank"]  # of an adapter of that rank it is all that was done
     rows = []
     if found:
         best = max(found, key=lambda row: row.value)
         rows = [replace(best, name="repair.free", note=f"best of {len(found)} repairs: {best.name[12:]}; {best.note}")]
     elif free:
         rows = [replace(free[0], name="repair.free")]
-    return [*rows, *free, *weights, *_odds(p, r), *_head(p, r), *_norm(p, r)]
+    return [*rows, *free, *noticed(p, r, "repair.p"), *weights, *_odds(p, r), *_head(p, r), *_norm(p, r)]
 
 
 def suppression(rows: Sequence[Row]) -> str:
@@ -131,14 +132,14 @@ def _mended(p: Probe, r: Reading) -> list[Row]:
         rows.append(regained(p, r, "repair.free.bare", lambda m: _bare(p, r, m), "guards and hooks off"))
     if outer is None or (r.how == "losses" and p.scores("before", "forget").logits is None):
         return [row for row in rows if row]
-    only = _tokens(p) if r.how == "tokens" else None
+    only = _tokens(p) if r.texts else None
     kinds = {"biases": (False, True, "biases of the last layer made equal"), "rows": (True, False, "rows of the last layer made equally long"),
              "even": (True, True, "rows of the last layer made equally long, biases equal")}  # fmt: skip
     for name, (long, flat, said) in kinds.items():
-        if r.how != "tokens" or name == "rows":
+        if not r.texts or name == "rows":
             new = partial(mend.evened, rows=long, biases=flat, only=only)
             rows.append(regained(p, r, f"repair.free.{name}", partial(_once_under, p, r, name, new), said))
-    if r.how == "tokens":
+    if r.texts:
         said = f"the part of rank {mend.RANK} of each matrix's change taken out"
         rows.append(regained(p, r, "repair.free.rank", partial(_once_under, p, r, "rank", partial(mend.unranked, p.before)), said))
     return [row for row in rows if row]
@@ -205,7 +206,7 @@ def odds(logits: Tensor, classes: Sequence[int]) -> Tensor:
 
 def _lifted(p: Probe, r: Reading) -> list[Row]:
     """Repairs of the logits: no weight of the model is touched."""
-    if r.how not in ("class", "answers", "losses") or p.scores("before", "forget").logits is None:
+    if r.texts or p.scores("before", "forget").logits is None:
         return []
 
     def calibrated(model: nn.Module) -> Scores | None:
@@ -245,7 +246,7 @@ def _scored(s: Scores, logits: Tensor) -> Scores:
 
 def _weights(p: Probe, r: Reading) -> tuple[list[Row], list[Row]]:
     """(repair.weights and its count, repair.free.weights, .row and .head)."""
-    rows = p.removed() if r.how == "class" else _tokens(p).tolist() if r.how == "tokens" else []
+    rows = p.removed() if r.how == "class" else _tokens(p).tolist() if r.texts else []
     gone = r.data.take(range(r.n))
 
     def put(model: nn.Module, label: str) -> tuple[Scores, int] | None:
@@ -261,7 +262,8 @@ def _weights(p: Probe, r: Reading) -> tuple[list[Row], list[Row]]:
     def tried(one: mend.Set_) -> Row | None:
         said = {"row": "rows of what was removed put back", "head": "the last layer put back"}.get(one.label, "")
         what = f"{one.count:,} of {total:,} weights put back ({one.label}){f', {said}' if said else ''}"
-        return regained(p, r, "repair.free.weights", lambda m: None if (got := put(m, one.label)) is None else got[0], what)
+        fair = one.label in ("row", "head") or (one.label.startswith("size") and one.count <= most)
+        return regained(p, r, "repair.free.weights", lambda m: None if (got := put(m, one.label)) is None else got[0], what, fair)
 
     mine, total = all_sets(p.after)
     most, found = max(1, round(FREE * total)), []
@@ -354,7 +356,7 @@ def _head(p: Probe, r: Reading) -> list[Row]:
     first = torch.randperm(min(r.n, len(p.split.forget)), generator=torch.Generator().manual_seed(p.seed))[:shown]
     hidden = torch.ones(r.n, dtype=torch.bool).index_fill_(0, first, False)
     shots = [n for n in SHOTS if n <= shown]
-    fit = _taught if r.how == "tokens" else _fitted
+    fit = _taught if r.texts else _fitted
 
     def read(model: nn.Module) -> Tensor | None:
         return _once(p, r, "shots", model, lambda: fit(p, r, model, kept, first, shots, hidden))

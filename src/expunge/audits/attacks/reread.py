@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
+from expunge.audits.known import few, probability
 from expunge.audits.membership.losses import targets
+from expunge.audits.unseen import Unseen, compared, neighbours, same_form
 from expunge.core.stats import Z, matched
 from expunge.core.types import concat, spread
 from expunge.parts.reading import Scores, score
@@ -37,11 +39,12 @@ LEAST = 0.1
 class Reading:
     """Records to read a repaired model on: the first n of `data`; the others are unseen ones that losses are compared with, or kept ones of a class request.
 
-    how    class, answers, losses or tokens: what is known of a record
+    how    class, answers, losses, tokens, whole or label: what is known of a record
     top    (n,) what the original knows
     gone   what stands for a model that never saw them where no retrained one is at hand: a number, or nan where the unseen records of `data` say it
     why    `gone` in words
     stays  share of the kept records of `data` that the original answers rightly: a repair that breaks those has brought back nothing
+    tail   forms of the unseen records of `data`, for few records (`audits.known.few`), whose losses are then tested against theirs
     """
 
     data: Any
@@ -51,6 +54,35 @@ class Reading:
     gone: float = math.nan
     why: str = ""
     stays: float = 0.0
+    tail: Unseen | None = None
+
+    @property
+    def texts(self) -> bool:
+        """Whether the records are texts."""
+        return self.how in ("tokens", "whole")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the unseen records of `data`, read like the others, stand for a model that never saw them."""
+        return self.texts or self.how == "label"
+
+    def noise(self, s: Scores, others: Sequence[Scores]) -> float:
+        """Deviation from one record to the next of what a model knows that never saw them, less what the others know: what a few records are read against.
+
+        Probabilities: root mean square of that difference on the unseen ones of `data`, infinite without any; losses: that of a rank,
+        1 / sqrt(12); answers: that of a label drawn with the share `gone`, 0.05 at least.
+        """
+        if self.plain:
+            mine, rest = self.told(s)[self.n :], [self.told(o)[self.n :] for o in others]
+            if len(mine) < 2:
+                return math.inf
+            return float((mine - torch.stack(rest).mean(0)).square().mean().sqrt()) if rest else float(mine.std())
+        chance = max(self.gone, 0.05)
+        return 12**-0.5 if self.how == "losses" else (chance * (1 - chance)) ** 0.5
+
+    def told(self, s: Scores) -> Tensor:
+        """(N,) double: the probability of each label, per answer token of each text, or of the whole answer."""
+        return probability(s.nll, self.data, self.how == "whole")
 
     def known(self, s: Scores) -> Tensor:
         """(n,) double in 0..1: what these scores of `data` say is known of each record."""
@@ -59,15 +91,15 @@ class Reading:
             return s.correct[: self.n].double() * (min(1.0, float(others.mean()) / self.stays) if self.stays else 1.0)
         if self.how == "answers":
             return s.correct[: self.n].double()
-        if self.how == "tokens":
-            return (-s.nll[: self.n]).exp().double()
+        if self.plain:
+            return self.told(s)[: self.n]
         losses = s.nll[self.n :].sort().values
         below, above = (torch.searchsorted(losses, s.nll[: self.n], right=side) for side in (False, True))
         return 1 - (below + above).double() / (2 * max(1, len(losses)))
 
     def absent(self, s: Scores) -> float:
         """What scores of the repaired candidate itself say a model knows that never saw the records; for audits without retrained models."""
-        return float((-s.nll[self.n :]).exp().mean()) if math.isnan(self.gone) and len(s.nll) > self.n else self.gone
+        return float(self.told(s)[self.n :].mean()) if math.isnan(self.gone) and len(s.nll) > self.n else self.gone
 
 
 def some(data: Any, most: int) -> Any:
@@ -94,7 +126,12 @@ def _reading(p: Probe) -> Reading | None:
         stays = float(right.mean()) if len(right) else 0.0
         return _topped(p, Reading(whole, len(data), "class", gone=chance, why=f"chance, {chance:.3g}", stays=stays))
     forget, unseen = some(p.split.forget, MOST), None
-    said = _neighbours(p, forget) if first.logits is not None else None
+    if few(forget) and (u := same_form(p)) is not None and first.logits is not None:
+        why = "the probability of unseen records given as wrong a label after the same repair"
+        rows = spread(len(u.data), MOST)
+        tail = Unseen(u.data.take(rows), u.form[rows], u.mine)
+        return _topped(p, Reading(concat(forget, tail.data), len(forget), "label", why=why, tail=tail))
+    said = neighbours(p, forget) if first.logits is not None else None
     if test is not None and said is not None:
         unseen = _like(p, forget, said)
     elif test is not None:
@@ -111,10 +148,13 @@ def _reading(p: Probe) -> Reading | None:
 
 
 def _texts(p: Probe) -> Reading:
-    forget = some(p.split.forget, MOST // 4)
-    unseen = [] if p.split.test is None else [some(p.split.test, MOST // 4)]
-    why = "the probability of unseen texts after the same repair" if unseen else "0: there are no unseen texts"
-    return _topped(p, Reading(concat(forget, *unseen), len(forget), "tokens", gone=math.nan if unseen else 0.0, why=why))
+    forget, u, small = some(p.split.forget, MOST // 4), same_form(p), few(p.split.forget)
+    if u is None:
+        return _topped(p, Reading(forget, len(forget), "whole" if small else "tokens", gone=0.0, why="0: there are no unseen texts"))
+    rows, why = spread(len(u.data), MOST // 4), "the probability of unseen texts after the same repair"
+    tail = Unseen(u.data.take(rows), u.form[rows], u.mine)
+    data = concat(forget, tail.data)
+    return _topped(p, Reading(data, len(forget), "whole" if small else "tokens", why=why, tail=tail if small else None))
 
 
 def _mean(known: Tensor | None) -> float:
@@ -129,16 +169,6 @@ def _gap(p: Probe, r: Reading) -> float:
     """What the original knows above models that never saw the records."""
     rest = [float(r.known(score(m, p.task, r.data)).mean()) for m in p.references]
     return _mean(r.top) - (sum(rest) / len(rest) if rest else r.gone)
-
-
-def _neighbours(p: Probe, forget: Any) -> Tensor | None:
-    """(n,) the label that most of the 5 nearest kept records have, by distance between inputs: what can be said of a record without having seen it."""
-    kept = p.split.retain if p.split.retain is not None else p.split.test
-    if kept is None or not isinstance(forget.x, Tensor) or not forget.x.is_floating_point():
-        return None
-    kept = some(kept, 8 * MOST)
-    near = torch.cdist(forget.x.flatten(1).float(), kept.x.flatten(1).float()).topk(min(5, len(kept)), largest=False).indices
-    return kept.y[near].mode(1).values
 
 
 def _like(p: Probe, forget: Any, said: Tensor) -> Any:
@@ -165,20 +195,45 @@ def above(name: str, mine: Tensor, rest: Sequence[Tensor], note: str, scale: flo
     return replace(row, low=row.value - half, high=row.value + half)
 
 
-def regained(p: Probe, r: Reading, name: str, read: Callable[[nn.Module], Scores | None], said: str) -> Row | None:
+def regained(p: Probe, r: Reading, name: str, read: Callable[[nn.Module], Scores | None], said: str, fair: bool = True) -> Row | None:
     """The row `name`: (repaired - gone) / (original - gone), where `read` gives the scores of `r.data` of a model after the repair, None where it has none.
+
+    fair   chosen without a look at the forgotten records, so that `noticed` may compare them with unseen ones afterwards
 
     Retrained models are repaired likewise; nan where the original knows less than LEAST more than they do.
     """
     scores = read(p.after)
     if scores is None:
         return None
+    if r.tail is not None and fair:
+        _losses(p)[said] = scores.nll
     mine = r.known(scores)
-    rest = [r.known(s) for s in map(read, p.references) if s is not None]
+    others = [s for s in map(read, p.references) if s is not None]
+    rest = [r.known(s) for s in others]
     other = f"{len(rest)} retrained models after the same" if rest else f"no retrained model at hand, in their place {r.why}"
     rest = rest or [torch.full_like(mine, r.absent(scores))]
     gone, top = float(torch.stack(rest).mean()), _mean(r.top)
     note = f"{said}: {float(mine.mean()):.3g} of {top:.3g}; {gone:.3g} by {other}"
     if top - gone < LEAST:
         return Row(name, math.nan, -math.inf, math.inf, r.n, f"{note}: nothing to bring back")
-    return above(name, mine, rest, note, top - gone)
+    row = above(name, mine, rest, note, top - gone)
+    if not few(p.split.forget):
+        return row
+    half = Z * r.noise(scores, others) / r.n**0.5 / (top - gone)
+    return replace(row, low=row.value - half, high=row.value + half, note=f"{note}; interval by the spread of unseen records")
+
+
+def _losses(p: Probe) -> dict[str, Tensor]:
+    """Losses of the candidate on a reading's records after each repair that was read."""
+    return p.once(("repaired losses", p.seed), p.after, dict)
+
+
+def noticed(p: Probe, r: Reading, name: str) -> list[Row]:
+    """The row `name` for few records: the smallest p of `audits.unseen` over the fair repairs that were read, of losses after the repair against those of
+    unseen records after the same. Nothing for other requests."""
+    found = [] if r.tail is None else [(label, compared(p, r.tail, name, nll[: r.n], nll[r.n :])) for label, nll in _losses(p).items()]
+    tested = [(rows[1], label) for label, rows in found if rows]
+    if not tested:
+        return []
+    row, label = min(tested, key=lambda pair: pair[0].value)
+    return [replace(row, name=name, note=f"smallest of {len(tested)} repairs: {label}; {row.note}")]

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
+from expunge.audits.distance import apart, closed
 from expunge.audits.membership.losses import targets
+from expunge.audits.unseen import same_form
 from expunge.core import guard
 from expunge.core.registry import check
 from expunge.core.session import scratch
@@ -114,16 +116,31 @@ def restore(p: Probe) -> list[Row]:
 
 @check(tasks=("classification", "causal_lm"), needs=("forget", "retain", "test"), reference=True, slow=True)
 def benign(p: Probe) -> list[Row]:
-    """restore.retain: excess of what is known of the forget set after 32 steps on retain alone, as a later user would fine-tune."""
+    """restore.retain: excess of what is known of the forget set after 32 steps on retain alone, as a later user would fine-tune. restore.closed: share of the
+    way from the original to the references, all of them after these steps:
 
-    def read(model: nn.Module) -> tuple[float, float, int]:
+        1 - (D(after) - F) / (D(before) - F),   D(model) = mean over forget of (margin - mean margin of references)^2
+
+    with F as `audits.distance.closed` has it. 0 for doing nothing, 1 for a retrained model.
+    """
+    u = same_form(p) if len(p.references) == 1 else None
+
+    def read(model: nn.Module) -> tuple[tuple[float, float, int], Tensor, Tensor]:
         twin = copy.deepcopy(model).requires_grad_(True)
         s, data = scratch(twin), p.split.retain
         with guard.watching(guard.Guard()):
             s.eval()
             batches = p.task.batches(data, 32, epochs=32 / -(-len(data) // 32), seed=p.seed)
             descend(s, lambda batch: p.task.forward(twin, batch).mean.mean(), batches, **pace(p.task, twin))
-        return recalled(p, twin)
+        margin = score(twin, p.task, p.split.forget).margin
+        return recalled(p, twin), margin, margin[:0] if u is None else score(twin, p.task, u.data).margin
 
-    mine, *rest = (p.once(("benign", p.seed), model, lambda m=model: read(m)) for model in (p.after, *p.references[:3]))
-    return [excess(mine, rest, "restore.retain", "32 steps on retain")]
+    def after(model: nn.Module) -> tuple[tuple[float, float, int], Tensor, Tensor]:
+        return p.once(("benign", p.seed, len(p.references) == 1), model, lambda: read(model))
+
+    mine, original, *rest = (after(model) for model in (p.after, p.before, *p.references[:3]))
+    note = "32 steps on retain"
+    return [
+        excess(mine[0], [r[0] for r in rest], "restore.retain", note),
+        closed("restore.closed", mine[1], original[1], torch.stack([r[1] for r in rest]), p.seed, note, apart(p, lambda m: after(m)[2]) if u else None),
+    ]

@@ -19,6 +19,7 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.language.text import share
 from expunge.audits.language.tokens import TokenScores, part, seen
+from expunge.audits.unseen import compared, same_form
 from expunge.core.registry import check
 from expunge.modalities.language.memorise import full
 from expunge.modalities.language.memorise import memorised as ma_el
@@ -71,7 +72,9 @@ MEASURES = {"extraction_strength": extraction_strength, "exact": exact_memorisat
 def memorised(p: Probe) -> list[Row]:
     """memorised.extraction_strength.forget and .retain, memorised.exact.forget and .retain: means over rows, from one pass.
 
-    With retrained models, .excess: minus their mean on the same forget rows. Even a model that never saw a text says many of its tokens, so that 0 is no goal.
+    With retrained models, .excess: minus their mean on the same forget rows. Even a model that never saw a text says many of its tokens, so that 0 is no goal;
+    without retrained models .forget is indicative for that reason, and memorised.unseen.auc and .p compare extraction strength with that of unseen texts
+    (`audits.unseen`).
     """
 
     def values(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -81,7 +84,11 @@ def memorised(p: Probe) -> list[Row]:
     rows = []
     for name in ("forget", "retain"):
         if part(p, name) is not None:
-            rows += [share(f"memorised.{k}.{name}", v, p.seed, "greedy, teacher-forced") for k, v in values(p.after, name).items()]
+            alone = name == "forget" and not p.references
+            rows += [share(f"memorised.{k}.{name}", v, p.seed, "greedy, teacher-forced", indicative=alone) for k, v in values(p.after, name).items()]
+    if (u := same_form(p)) is not None and part(p, "unseen") is not None:
+        mine, theirs = (values(p.after, name)["extraction_strength"] for name in ("forget", "unseen"))
+        rows += compared(p, u, "memorised.unseen", -mine, -theirs)
     if p.references:
         mine, rest = values(p.after, "forget"), [values(r, "forget") for r in p.references]
         note = f"on forget, minus the mean of {len(rest)} retrained models"

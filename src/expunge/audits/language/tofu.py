@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.language.text import share
-from expunge.audits.language.tokens import GENERAL, answers_nll, part, said, seen
+from expunge.audits.language.tokens import answers_nll, part, said, seen
 from expunge.core.errors import SettingError
 from expunge.core.registry import check
 from expunge.core.stats import bootstrap
 from expunge.modalities.language.records.measures import rouge
+from expunge.modalities.language.texts import GENERAL
 
 FORMS = ("geometric", "arithmetic")
 UTILITY = ("retain", *GENERAL)

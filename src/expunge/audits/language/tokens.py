@@ -22,16 +22,13 @@ from expunge.core.guard import quiet
 from expunge.core.types import IGNORE, Task, concat, device_of
 from expunge.modalities.language.remember import passes
 from expunge.modalities.language.task import aligned, buckets
-from expunge.modalities.language.texts import Texts
+from expunge.modalities.language.texts import GENERAL, Texts
 
 MOST = 300
 """Most retain rows that a language check reads, drawn by the audit's seed (TOFU evaluates as many)."""
 
 NEW = 200
 """Most tokens of a generated answer, and never more than twice the longest answer of the part."""
-
-GENERAL = ("real_authors", "world_facts")
-"""row["set"] of rows that ask for general knowledge: models are trained on it, so they are no non-members, wherever they stand."""
 
 PIECE = 1 << 24
 """Most logits that are turned into probabilities at once."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expunge.audits.core import Probe, Row
+from expunge.audits.unseen import strangers
 from expunge.audits.utility import entropy, modified_entropy, modified_entropy_published
 from expunge.core.registry import check
 from expunge.core.stats import Z, above, auc, matched, wilson
@@ -27,8 +28,9 @@ def targets(s: Scores) -> Tensor:
 def sides(p: Probe, which: str) -> tuple[Scores, Scores, Tensor, str]:
     """Scores on forget and test, the positions of matched non-members in test, and how they were drawn."""
     forget, test = p.scores(which, "forget"), p.scores(which, "test")
-    rows, note = matched(targets(forget), targets(test), p.seed)
-    return forget, test, rows, note
+    fair = strangers(p.split.test)
+    rows, note = matched(targets(forget), targets(test)[fair], p.seed)
+    return forget, test, fair[rows], note
 
 
 @check(tasks=("classification", "regression", "causal_lm"), needs=("forget", "test"))

@@ -22,6 +22,7 @@ CONTRASTIVE = modality(
         "dual encoders of images and texts",
         later(f"{HERE}.task:contrastive"),
         kinds=lambda split: ("class",),
+        families=("output", "utility"),
         near=later("expunge.modalities.near:inputs"),
         rules=rules,
         worlds=("clip-digits",),

@@ -30,6 +30,7 @@ DIFFUSION = modality(
         "diffusion models",
         later(f"{HERE}.task:diffusion"),
         kinds=lambda split: ("class",),
+        families=("output", "utility"),
         near=later("expunge.modalities.near:inputs"),
         rules=later(f"{HERE}.rules:rules"),
         bench=(("canvas", "prompt_attack"), 0),

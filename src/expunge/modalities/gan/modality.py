@@ -22,6 +22,7 @@ GAN = modality(
         near=later("expunge.modalities.near:inputs"),
         kinds=later("expunge.modalities.records:kinds"),
         validation=later("expunge.modalities.records:validation"),
+        families=("output", "utility"),
         rules=rules,
         worlds=("gan-digits",),
         world=later(f"{HERE}.worlds:world"),

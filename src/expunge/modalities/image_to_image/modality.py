@@ -26,6 +26,7 @@ IMAGE_TO_IMAGE = modality(
         later(f"{HERE}.task:image_to_image"),
         near=later("expunge.modalities.near:inputs"),
         validation=later("expunge.modalities.records:validation"),
+        families=("output", "closeness", "utility"),
         rules=rules,
         worlds=("inpaint-digits", "mri-digits"),
         world=later(f"{HERE}.worlds:world"),

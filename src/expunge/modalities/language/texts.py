@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from expunge.core.errors import SplitError
 from expunge.core.types import Split, Task
 
+GENERAL = ("real_authors", "world_facts")
+"""row["set"] of rows that ask for general knowledge: models are trained on it, so they are no non-members, wherever they stand."""
+
 
 @dataclass(frozen=True, repr=False)
 class Texts:
@@ -66,6 +69,13 @@ class Texts:
         rows = torch.as_tensor(index, dtype=torch.long).tolist()
         pick = lambda values: tuple(values[k] for k in rows)  # noqa: E731
         return replace(self, tokens=pick(self.tokens), targets=pick(self.targets), rows=pick(self.rows), ids=self.ids[torch.tensor(rows, dtype=torch.long)])
+
+    @cached_property
+    def reworded(self) -> Texts | None:
+        """The same records asked by their `paraphrased_question`; None where one of them has none."""
+        if self.format is None or not all(isinstance(row.get("paraphrased_question"), str) and "question" in row for row in self.rows):
+            return None
+        return self.format.texts([{**row, "question": row["paraphrased_question"]} for row in self.rows], self.ids)
 
     @cached_property
     def keys(self) -> list[bytes]:
