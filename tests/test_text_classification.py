@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from test_laws import quick
 from torch.nn import functional as F
@@ -387,6 +388,24 @@ def test_command_line_end_to_end(folder, capsys, monkeypatch):
     assert code == 1 and json.loads(out)["verdict"]["grade"] == "supported", err  # nothing was compared: not the grade that passes by default
     code, out, err = call("audit", *ABOUT, "class:music", "--after", "clean", "--quick", "--json", "--require", "supported")
     assert code == 0 and json.loads(out)["asked"] == "class:3 (music)", err
+
+
+def test_weights_that_are_not_finite_are_a_verdict_after_and_an_error_before(folder, capsys, monkeypatch):
+    """As a candidate and as a reference such a folder is judged; as the model before it is refused."""
+    broken = folder / "nan"
+    broken.mkdir()
+    for f in (folder / "model").iterdir():
+        (broken / f.name).write_bytes(f.read_bytes())
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    safetensors.torch.save_file({**weights, "classifier.bias": torch.full((6,), torch.nan)}, broken / "model.safetensors", {"format": "pt"})
+    call = functools.partial(typed, folder, capsys, monkeypatch, "audit", *ABOUT, "class:music", "--quick")
+    code, out, err = call("--after", "nan")
+    assert code == 1 and "REFUTED" in out and "first in classifier.bias" in " ".join(out.split()), err
+    code, out, err = call("--after", "model", "--reference", "nan", "--json")
+    assert code == 1 and "nan" in json.loads(out)["refused"][0]["name"] and "not finite" in json.loads(out)["refused"][0]["why"], err
+    words = [word if word != "model" else "nan" for word in ABOUT]
+    code, out, err = typed(folder, capsys, monkeypatch, "audit", *words, "class:music", "--after", "model", "--quick")
+    assert code == 2 and "values of classifier.bias that are not finite" in err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from expunge.core.errors import GateError
+from expunge.core.errors import Diverged, GateError
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS
 from expunge.core.types import Split, Task
@@ -93,6 +93,7 @@ def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list
     """Rows of all checks that apply (or of the named ones): right task, needed parts at hand, references and pool if needed.
 
     slow    False leaves out those that train, unless they are named
+    A check whose own training diverges gives one row, of its name, that says so.
     """
     have = set(probe.split.parts())
     rows: list[Row] = []
@@ -100,8 +101,15 @@ def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list
         check = CHECKS[name]
         applies = check.suits(probe.task) and set(check.needs) <= have and (probe.references or not check.reference) and (probe.pool or not check.pool)
         if applies and (slow or names or not check.slow):
-            rows += check(probe)
+            rows += _measured(probe, name)
     return rows
+
+
+def _measured(probe: Probe, name: str) -> list[Row]:
+    try:
+        return CHECKS[name](probe)
+    except Diverged as error:
+        return [Row(name, math.nan, -math.inf, math.inf, 0, f"the attack's own training diverged on this model: {error}")]
 
 
 _RULE = re.compile(r"\s*(?:(<=|>=)\s*(\S+)|(\S+)\s*\.\.\s*(\S+))\s*")

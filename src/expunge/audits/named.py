@@ -30,7 +30,8 @@ SECTIONS = {"A": "Removal", "B": "Robustness of removal", "C": "Preservation and
 
 @dataclass(frozen=True)
 class Named:
-    """One check: its id, what it states, PASS, FAIL or UNKNOWN, why, the p-value of "the statement holds" and the row behind it."""
+    """One check: its id, what it states, PASS, FAIL or UNKNOWN, why, the p-value of "the statement holds" and the row behind it. `absent`: nothing measures
+    this on models of the kind."""
 
     id: str
     statement: str
@@ -38,6 +39,7 @@ class Named:
     why: str
     p: float = math.nan
     row: str = ""
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,21 +149,30 @@ def named(p: Probe, rows: Sequence[Row], facts: Mapping[str, bool | None] = {}) 
 
 
 def grouped(found: Sequence[Named]) -> list[dict[str, Any]]:
-    """JSON-able sections, the weakest first: its id, title, verdict (that of its weakest check), counts, and checks, weakest first."""
+    """JSON-able sections, the weakest first: its id, title, verdict (that of its weakest check), counts, and checks, weakest first; apart from these
+    the ids of those that do not exist for the kind of model (`absent`)."""
     out = []
     for id_, title in SECTIONS.items():
-        mine = [n for n in found if n.id[0] == id_]
+        mine = [n for n in found if n.id[0] == id_ and not n.absent]
+        away = [n.id for n in found if n.id[0] == id_ and n.absent]
         count = {v: sum(n.verdict == v for n in mine) for v in ORDER}
         verdict = next((v for v in ORDER if count[v]), "UNKNOWN")
-        out.append({"id": id_, "title": title, "verdict": verdict, "count": count, "checks": [asdict(n) for n in mine]})
+        out.append({"id": id_, "title": title, "verdict": verdict, "count": count, "checks": [asdict(n) for n in mine], "absent": away})
     return sorted(out, key=lambda section: (ORDER.index(section["verdict"]), -section["count"]["FAIL"], section["id"]))
+
+
+def _behind(rule: Rule) -> Any:
+    """The check that the last of the rule's rows, the least demanding, comes from."""
+    return CHECKS[checks_for(rule.rows[-1:])[0]]
 
 
 def lacking(p: Probe, rule: Rule, rows: Mapping[str, Row]) -> str:
     """Why an audit with these rows has none of the rule's, by what the check of the last of them (the least demanding) needs."""
-    check = CHECKS[checks_for(rule.rows[-1:])[0]]
+    check = _behind(rule)
     if not check.suits(p.task):
         return f"nothing measures this on {of(p.task).what}"
+    if check.name in rows and math.isnan(rows[check.name].value):
+        return rows[check.name].note
     have = p.split.parts()
     parts = [name for name in dict.fromkeys((*check.needs, *rule.parts)) if name not in have]
     models = max(rule.models, int(check.reference))
@@ -178,7 +189,7 @@ def lacking(p: Probe, rule: Rule, rows: Mapping[str, Row]) -> str:
 
 def _judged(p: Probe, rule: Rule, rows: Mapping[str, Row], row: Row | None, p_: float, rejected: bool) -> Named:
     if row is None:
-        return Named(rule.id, rule.statement, "UNKNOWN", lacking(p, rule, rows))
+        return Named(rule.id, rule.statement, "UNKNOWN", lacking(p, rule, rows), absent=not _behind(rule).suits(p.task))
     seen = f"{row.name} {row.value:.3g} ({row.low:.3g} to {row.high:.3g}, n = {row.n}), allowed {_range(rule)}"
     if math.isnan(p_):
         return Named(rule.id, rule.statement, "UNKNOWN", f"{row.name} could not be measured: {row.note}", p_, row.name)

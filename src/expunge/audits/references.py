@@ -1,7 +1,7 @@
 """References are checked before they are believed: models that are said to never have seen the forget set.
 
 A reference is refused, with the reason, when it
-  is of another architecture (names, shapes or types of its weights), or holds weights that are not finite;
+  is of another architecture (names, shapes or types of its weights), or holds weights or gives answers that are not finite;
   has the weights of the original, of the candidate or of another reference (each counts once);
   resembles one of these as a copy with noise or a fine-tune does (`kinship` of at least KIN), unless its record (`parts.provenance`) says that it was trained
   from newly drawn weights, or from a base that is none of these;
@@ -27,6 +27,7 @@ from expunge.audits.core import Probe
 from expunge.core.digest import model_digest
 from expunge.core.stats import bootstrap, matched, wilson
 from expunge.core.types import spread
+from expunge.engine.sound import ALL, broken
 from expunge.parts.provenance import Reference
 
 KIN = 0.9
@@ -60,7 +61,7 @@ def believed(p: Probe, references: Sequence[Any]) -> tuple[list[Reference], list
     refused: list[Refusal] = []
     others = [("the original", p.before), *([] if p.after is p.before else [("the candidate", p.after)])]
     for r in listed(references):
-        why = _odd(p.before, r.model) or _resembles(r, [*others, *((k.name, k.model) for k in kept)], len(others)) or _known(p, r.model)
+        why = _odd(p.before, r.model) or _unread(p, r.model) or _resembles(r, [*others, *((k.name, k.model) for k in kept)], len(others)) or _known(p, r.model)
         if why:
             refused.append(Refusal(r.name, why))
         else:
@@ -79,9 +80,12 @@ def _odd(original: nn.Module, model: nn.Module) -> str:
     for name, t in theirs.items():
         if t.shape != mine[name].shape:
             return f"another architecture: {name} is {tuple(t.shape)}, the original's {tuple(mine[name].shape)}"
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            return f"{name} holds values that are not finite"
     return ""
+
+
+def _unread(p: Probe, model: nn.Module) -> str:
+    why = broken(model, p.task, p.split, ALL)
+    return f"it {why}" if why else ""
 
 
 def _resembles(r: Reference, others: Sequence[tuple[str, nn.Module]], models: int) -> str:

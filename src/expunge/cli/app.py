@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 COMMANDS = {
-    "demo": ("demo", "Forget a class and 10 % of the records of real digits, audited against retraining. Takes one to two minutes."),
+    "demo": ("demo", "Forget a class, and records with wrong labels, of real digits, audited against retraining. Takes one to two minutes."),
     "demo-llm": ("demo", "Teach a small language model invented authors, forget two of them, keep the rest, prove it. Takes two to three minutes."),
     "demo-images": (
         "demo",

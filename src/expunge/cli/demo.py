@@ -14,10 +14,12 @@ def demo(
     out: str = "expunge-demo", seeds: int = 3, as_json: Json = False,
     exact: Annotated[bool, typer.Option("--exact", help="Exact deletion: 50 requests, one after another, served by four designs; into OUT-exact.")] = False,
 ) -> None:  # fmt: skip
-    """Forget a class and 10 % of the records of real digits, audited against retraining. Takes one to two minutes."""
+    """Forget a class, and records with wrong labels, of real digits, audited against retraining. Takes one to two minutes."""
     if exact:
         with bar(as_json) as progress:
             return exactly.demo(f"{out}-exact", as_json=as_json, progress=progress)
+    from rich.console import Console
+
     from expunge.demos import digits
 
     with bar(as_json) as progress:
@@ -25,12 +27,9 @@ def demo(
     if as_json:
         show({**result, "scenarios": {k: {**v, "pictures": {}} for k, v in result["scenarios"].items()}}, True)
         return
-    for name, document in result["scenarios"].items():
+    for document in result["scenarios"].values():
         show(document, False)
-        print(f"{name}: report in {out}/{name}/report.html and report.json")
-        if name in result["reverted"]:
-            print(f"{name}: patch saved, applied and reverted; the reverted model is {'bit-identical' if result['reverted'][name] else 'NOT bit-identical'}")
-    print(f"{result['seconds']:.0f} seconds")
+    Console().print("\n".join(digits.told(result, out)), markup=False, highlight=False)
 
 
 def demo_llm(out: str = "expunge-demo-llm", as_json: Json = False) -> None:

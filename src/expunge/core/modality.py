@@ -129,6 +129,18 @@ class Search:
     told: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Level:
+    """How good a model is on n records: `what` is read, its value, what the best constant answer reads, and how far above that the model is, on a scale of
+    the modality's own from 0 (as the constant) to 1 (no error)."""
+
+    what: str
+    value: float
+    chance: float
+    above: float
+    n: int
+
+
 def _nothing(*_: Any) -> None:
     """What a modality does where it has nothing to do."""
 
@@ -161,6 +173,8 @@ class Modality:
     fits        (model, split, which): the same for another model, named by `which`
     kept        (model, task, split) -> how good the model is at what must stay, from 0 (chance, or a constant) to 1, read on at most some hundred records of
                 validation, else of retain; None where it cannot be read. A run that loses half of it is `harmed`
+    level       (probe, model, part) -> Level: how good the model is on a part of the split that must stay, without removed classes, in a measure that a reader
+                knows; None where there is none
     validation  (model, task, split) -> (model -> score, larger is better, 0 at best, read on validation), or None: no tuning
     search      how the autopilot looks for the strength of a method
     rules       probe -> rules of the default gate, by row
@@ -196,6 +210,7 @@ class Modality:
     preflight: Callable[[Any, Any, Any], None] = _nothing
     fits: Callable[[Any, Any, str], None] = _nothing
     kept: Callable[[Any, Any, Any], float | None] = _nothing
+    level: Callable[[Any, Any, str], Level | None] = _nothing
     validation: Callable[[Any, Any, Any], Callable[[Any], float] | None] = _nothing
     search: Search = field(default_factory=Search)
     rules: Callable[[Any], dict[str, str]] = lambda probe: {}

@@ -1,10 +1,11 @@
-"""`expunge demo`: the main job on real data in two minutes: digits, a class and 10 % of the records, all audited against retraining."""
+"""`expunge demo`: the main job on real data in a minute or two: digits, a class and records with wrong labels, both audited against retraining."""
 
 from __future__ import annotations
 
 import multiprocessing
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -13,15 +14,24 @@ from typing import Any
 
 import torch
 
-from expunge.bench.run import retrain_passes
+from expunge.audits.grade import GRADES
+from expunge.bench.run import PRESETS, retrain_passes
 from expunge.core.digest import model_digest
 from expunge.core.registry import CHECKS
-from expunge.modalities.worlds import SCENARIOS, world
+from expunge.modalities.worlds import world
 from expunge.planning import plan
 from expunge.planning.outcome import Verdict
+from expunge.report import table
 
-METHODS = ("scrub", "negrad_plus", "random_label", "salun", "bad_teacher", "ssd", "fisher_forgetting", "fine_tune")
-"""What the demo compares, besides the retrained reference."""
+SCENARIOS = {"class": "digits", "wrong": "digits-wrong"}
+"""Scenario -> its world: one class of ten, and the twentieth part of the records, whose labels are wrong. Both are known by heart or not at all, so that
+whether they were forgotten can be measured. (Of records drawn at random with right labels nothing can: a model that never saw them knows them as well.)"""
+
+METHODS = {
+    "class": ("scrub", "negrad_plus", "random_label", "salun", "bad_teacher", "ssd", "fisher_forgetting", "fine_tune"),
+    "wrong": ("scrub", "salun", "bad_teacher", "fisher_forgetting", "fine_tune", "prune_unlearn", "reset_fine_tune"),
+}
+"""What the demo compares, besides the retrained references."""
 
 BRIEF = ("accuracy", "klom", "divergence", "drop", "membership", "cost")
 """Checks of the seeds after the first."""
@@ -31,7 +41,8 @@ COSTLY = ("membership_svc", "literature")
 
 
 def demo(folder: Path | str = "expunge-demo", *, seeds: int = 3, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
-    """Train, forget, audit, gate, patch, apply, revert. Writes one sub-folder per scenario with report.html, report.json and the patch.
+    """Train, forget, audit, gate, patch, apply, revert. Writes one sub-folder per scenario with report.html, report.json and the patch, or the best candidate
+    where none passed.
 
     Each scenario runs in a process of its own on one thread. Returns {"scenarios": {name: document}, "reverted": {name: bool}, "seconds": float}.
     """
@@ -53,14 +64,18 @@ def demo(folder: Path | str = "expunge-demo", *, seeds: int = 3, progress: Calla
 
 
 def run(scenario: str, folder: Path, seeds: int, said: Any) -> tuple[dict[str, Any], bool | None]:
-    """One scenario: its document, and whether the reverted model is bit-identical (None without a patch). `said` takes progress."""
+    """One scenario: its document, and whether the reverted model is bit-identical (None where no method left a patch). `said` takes progress.
+
+    Wrong labels are forgotten without validation, methods as given: its score asks forgotten records to look like unseen ones, whose labels are right.
+    """
     torch.set_num_threads(1)
 
     def progress(text: str, done: int, total: int) -> None:
         said.put((f"{scenario}: {text}", done, total))
 
-    w, cache, here = world("digits"), folder / "models", folder / scenario
-    split, verdicts, reverted = w.split(scenario), [], None
+    w, cache, here = world(SCENARIOS[scenario]), folder / "models", folder / scenario
+    split, verdicts = w.split(scenario), []
+    split = replace(split, validation=None) if scenario == "wrong" else split
     references = [w.retrained(scenario, k, cache, progress) for k in range(3)]
     for seed in range(seeds):
         model = w.original(seed, cache, progress)
@@ -70,7 +85,8 @@ def run(scenario: str, folder: Path, seeds: int, said: Any) -> tuple[dict[str, A
                 w.task,
                 split,
                 references=references,
-                methods=METHODS,
+                methods=METHODS[scenario],
+                settings={name: given for name, given in PRESETS.get(w.name, {}).items() if name in METHODS[scenario]},
                 seed=seed,
                 retrain_passes=retrain_passes(w, scenario),
                 scales=(1.0,),
@@ -84,11 +100,41 @@ def run(scenario: str, folder: Path, seeds: int, said: Any) -> tuple[dict[str, A
     merged = replace(first, tries=tuple(t for v in verdicts for t in v.tries))
     document = merged.document(f"Digits: forget {split.asked}")
     document["gates"] = {f"seed {s}": asdict_verdict(v) for s, v in enumerate(verdicts)}
-    if first.chosen is not None and first.chosen.attempt.patch is not None:
-        reverted = _round_trip(first.probe.before, first.chosen.attempt.patch.save(here / "patch.safetensors"))
-        document["notes"].append(f"The saved patch was loaded, applied and reverted: the reverted model is {'bit-identical' if reverted else 'NOT identical'}.")
+    reverted = _undone(first, here, document)
     merged.save(here, document=document)
     return document, reverted
+
+
+def _undone(first: Verdict, here: Path, document: dict[str, Any]) -> bool | None:
+    """Whether the patch that passed, or that of the best try, kept as a candidate, goes through a file and is undone bit for bit by its inverse."""
+    shown = first.shown
+    if shown is None or shown.attempt.patch is None:
+        return None
+    kept = first.keep(here / "candidate") / "candidate.safetensors" if first.chosen is None else shown.attempt.patch.save(here / "patch.safetensors")
+    same = _round_trip(first.probe.before, kept)
+    document["notes"].append(f"The saved patch was loaded, applied and reverted: the reverted model is {'bit-identical' if same else 'NOT identical'}.")
+    return same
+
+
+def told(result: dict[str, Any], out: str) -> list[str]:
+    """What the terminal says after the reports: of each scenario what had to go, what became of the methods, losses before and after, and where to read on."""
+    lines = []
+    for name, document in result["scenarios"].items():
+        tries = [t for t in document["tries"] if t["grade"]]
+        grades = Counter(t["grade"] for t in tries)
+        counts = ", ".join(f"{grades[grade]} {grade}" for grade in reversed(GRADES) if grades[grade])
+        medians = {r["model"]: table.number(r["at"][2]) for r in document["front"]["losses"] if r["records"] == "forget"}
+        words = {"before": "before", "after": "after the best try", "retrained": "in models that never saw them"}
+        lines += [
+            f"{name}: forget {document['asked']} ({document['parts']['forget']} of {document['parts']['forget'] + document['parts']['retain']} records). "
+            f"{len({t['method'] for t in tries})} methods, {len(tries)} audited runs: {counts or 'no grade'}.",
+            f"  Median loss of what had to go: {', '.join(f'{value} {words[model]}' for model, value in medians.items())}.",
+            f"  Report in {out}/{name}/report.html and report.json.",
+        ]  # fmt: skip
+        if name in result["reverted"]:
+            what = "The patch" if document["chosen"] else f"No try passed; the best is kept to be looked at in {out}/{name}/candidate. Its patch"
+            lines.append(f"  {what} was saved, applied and reverted: the model is {'bit-identical' if result['reverted'][name] else 'NOT bit-identical'}.")
+    return [*lines, f"{result['seconds']:.0f} seconds"]
 
 
 def asdict_verdict(v: Verdict) -> dict[str, Any]:

@@ -4,7 +4,7 @@ ok         weights moved, all finite; only this can be audited to a pass
 partial    part of the request was skipped or never seen, or the method's own measurement says that what it leaves does not act
 harmed     more than half of what the model was good for is gone, read on validation, else on retain
 no_op      weights bit-identical, or moved by rounding alone, or no gradient reached the scope, or no forget batch was seen
-diverged   loss or weights left their bounds; rolled back
+diverged   loss, weights or answers left their bounds; rolled back
 refused    the method found that it cannot work on this model or split, or the model given holds values that are not finite
 failed     an exception that nobody foresaw, or checkpoints that cannot be written: those that stand are kept, and the same call goes on from them
 
@@ -34,17 +34,13 @@ from expunge.core.modality import of
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
 from expunge.core.types import Split, Task, device_of, held
+from expunge.engine.rounding import ULPS, rounded
+from expunge.engine.sound import broken, unsound
 
 GRADED = ("ok", "partial", "harmed")
 """Outcomes that leave a patch. That of a `partial` or `harmed` run is there to be looked at: it never passes a gate."""
 OUTCOMES = (*GRADED, "no_op", "diverged", "refused", "failed")
 
-ULPS = 4
-"""Units in the last place within which a weight counts as moved by rounding."""
-STILL = 1e-3
-"""Most that the loss of a forget record may change, in its own units, where weights moved by rounding alone."""
-MOST = 64
-"""Most forget records on which that is read."""
 LEAST = 0.05
 """A loss of utility below this, of 1, is no harm, however little there was."""
 
@@ -87,9 +83,11 @@ def unlearn(
     resolved = record.settings(settings)
     record.check(task, split)
     record.made_for(task, split)
-    if broken := unsound(model):
-        return Attempt(method, resolved, seed, "refused", f"the model given holds values that are not finite, first in {broken}", None)
+    if name := unsound(model):
+        return Attempt(method, resolved, seed, "refused", f"the model given holds values that are not finite, first in {name}", None)
     preflight(model, task, split)
+    if why := broken(model, task, split):
+        return Attempt(method, resolved, seed, "refused", f"the model given {why}", None)
     watch = guard or Guard()
     watch.label, watch.progress = watch.label or method, watch.progress or progress
     if folder is not None:
@@ -166,12 +164,6 @@ def _withdraw(folder: Path, there: set[Path]) -> None:
         place.rmdir()
 
 
-def unsound(model: nn.Module) -> str:
-    """Name of the first parameter or floating-point buffer that holds values that are not finite; empty where there is none."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return next((n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), "")
-
-
 def _judge(record: Method, model: nn.Module, task: Task, split: Split, patch: Patch, watch: Guard) -> tuple[str, str]:
     """Outcome and reason of a run that ended. Raises Diverged for a patch that holds values that are not finite."""
     named, meter = dict(model.named_parameters()), watch.meter
@@ -185,42 +177,14 @@ def _judge(record: Method, model: nn.Module, task: Task, split: Split, patch: Pa
         return "no_op", "weights are bit-identical: nothing was unlearned (is lr 0, or the step lost in rounding?)"
     if "forget" in record.needs and not meter.seen.get("forget"):
         return "no_op", "no forget batch was seen"
-    if _rounded(model, task, split, patch):
+    if rounded(model, task, split, patch):
         return "no_op", f"weights moved by rounding alone, at most {ULPS} units in the last place: nothing was unlearned (is lr far too small?)"
+    with patch.tried(model):
+        if why := broken(model, task, split):
+            raise Diverged(f"the model that it leaves {why}; lower lr or set clip")
     found = {"partial": _missed(record, split, watch), "harmed": _harm(model, task, split, patch)}
     outcome = next((o for o in reversed(GRADED) if found.get(o)), "ok")
     return outcome, "; ".join([*found["harmed"], *found["partial"], *([watch.stopped] if watch.stopped else [])])
-
-
-def _rounded(model: nn.Module, task: Task, split: Split, patch: Patch) -> bool:
-    """Whether no weight or buffer moved by more than ULPS units in the last place (of the weight, or of its tensor's root mean square where it is smaller),
-    and no forget record's loss by more than STILL."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for edit in patch.edits:
-        if isinstance(edit, Hook):
-            return False
-        w = tensors[edit.name].detach()
-        if not w.is_floating_point():
-            continue
-        scale, wide = w.double().square().mean().sqrt(), w.double()
-        if isinstance(edit, LowRank):
-            old, new = wide, (w + (edit.scale * (edit.up.to(w) @ edit.down.to(w))).view_as(w)).double()
-        else:
-            old, new = wide if edit.mask is None else wide[edit.mask.to(w.device)], edit.values.to(w.device).double()
-        if bool(((new - old).abs() > ULPS * torch.finfo(w.dtype).eps * old.abs().clamp(min=float(scale))).any()):
-            return False
-    if getattr(split.forget, "bare", False):  # prompts alone have no loss
-        return all(torch.finfo(tensors[e.name].dtype).eps < 1e-6 for e in patch.edits if tensors[e.name].is_floating_point())
-    before = _losses(model, task, split)
-    with patch.tried(model):
-        return bool(((_losses(model, task, split) - before).abs() <= STILL).all())
-
-
-def _losses(model: nn.Module, task: Task, split: Split) -> torch.Tensor:
-    """(N,) losses of the first MOST forget records."""
-    batches = task.batches(split.forget, min(MOST, len(split.forget)))
-    with quiet(model):
-        return task.forward(model, batches[0]).mean.detach().double().cpu()
 
 
 def _missed(record: Method, split: Split, watch: Guard) -> list[str]:

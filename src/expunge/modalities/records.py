@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from expunge.core.modality import of
+from expunge.core.modality import Level, of
 from expunge.core.stats import auc
 from expunge.core.types import Split, Task, absent, spread
 from expunge.parts.reading import Scores, score
@@ -63,11 +63,7 @@ def kept(model: nn.Module, task: Task, split: Split) -> float | None:
     for data in (split.validation, split.retain):
         if data is None or not hasattr(data, "take") or not hasattr(data, "y"):
             continue
-        stays = torch.isin(data.y, torch.tensor(gone)).logical_not().reshape(len(data), -1).all(1)
-        if data.y.is_floating_point() and split.retain is not None:
-            low, high = split.retain.y.amin(0), split.retain.y.amax(0)
-            stays &= ((data.y >= low) & (data.y <= high)).reshape(len(data), -1).all(1)
-        stays = stays.nonzero().squeeze(1)
+        stays = _stays(data, split, gone)
         if len(stays) < FEW:
             continue
         s = score(model, task, data.take(stays[spread(len(stays), MOST)]))
@@ -99,6 +95,44 @@ def unnoticed(p: Any) -> dict[str, str]:
     """Rules of a request for records without retrained models: the forgotten ones are no better known than unseen ones of the same form. One-sided: that they
     are less well known, as wrong labels are by a model that never saw them, is no sign of memory."""
     return {"unseen.p": ">= 0.05"} if len(p.split.forget) < ENOUGH else {"unseen.auc": "<= 0.6"}
+
+
+def level(p: Any, model: nn.Module, part: str) -> Level | None:
+    """Accuracy without removed classes, beside the share of the commonest class; or the share of the targets' variance that the predictions explain, beside 0
+    for their mean, without targets beyond those of retain."""
+    data, s, gone = getattr(p.split, part), p.seen(model, part), p.removed()
+    if s.labels is not None:
+        keep = ~torch.isin(s.labels, torch.tensor(gone))
+        return None if not bool(keep.any()) else correct(s.correct[keep], s.labels[keep])
+    if s.target is None or s.pred is None:
+        return None
+    rows = _stays(data, p.split, gone)
+    y, guess = s.target[rows], s.pred.reshape(s.target.shape)[rows]
+    spread_out = float((y - y.mean(0)).square().sum()) if len(y) else 0.0
+    if spread_out == 0:
+        return None
+    explained = 1 - float((guess - y).square().sum()) / spread_out
+    return Level("share of the targets' variance explained", explained, 0.0, explained, len(y))
+
+
+def correct(right: Tensor, labels: Tensor) -> Level:
+    """Accuracy of (N,) bool beside the share of the commonest of labels (N,).
+
+    >>> level = correct(torch.tensor([True, True, False, True]), torch.tensor([0, 1, 1, 1]))
+    >>> level.value, level.chance, level.n
+    (0.75, 0.75, 4)
+    """
+    share, chance = float(right.float().mean()), float(labels.bincount().max()) / len(labels)
+    return Level("accuracy", share, chance, 1.0 if chance == 1 else (share - chance) / (1 - chance), len(labels))
+
+
+def _stays(data: Any, split: Split, gone: list[int]) -> Tensor:
+    """Positions of records without removed classes, and without targets beyond those of retain."""
+    stays = torch.isin(data.y, torch.tensor(gone)).logical_not().reshape(len(data), -1).all(1)
+    if data.y.is_floating_point() and split.retain is not None:
+        low, high = split.retain.y.amin(0), split.retain.y.amax(0)
+        stays &= ((data.y >= low) & (data.y <= high)).reshape(len(data), -1).all(1)
+    return stays.nonzero().squeeze(1)
 
 
 def rules(p: Any) -> dict[str, str]:

@@ -21,15 +21,18 @@ from expunge.audits.named import Named, grouped, named
 from expunge.audits.references import Refusal, believed
 from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
 from expunge.core.digest import model_digest
-from expunge.core.errors import SettingError
+from expunge.core.errors import ModelError, SettingError
 from expunge.core.files import write
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task, held, spread
+from expunge.engine.rounding import alike
 from expunge.engine.run import Attempt, preflight, unlearn
+from expunge.engine.sound import ALL, broken, unsound
 from expunge.planning.identity import identity
 from expunge.report import html, seal, table
 from expunge.report import pictures as shown_by
+from expunge.report.front import front
 
 
 def required(families: Iterable[str], asked: str = "") -> str:
@@ -99,9 +102,11 @@ class Verdict:
 
     @property
     def shown(self) -> Try | None:
-        """The chosen try, else the best that was audited, else the last that left a patch."""
+        """The chosen try, else the best that was audited (of one grade, that with the least against it), else the last that left a patch."""
         mine = [t for t in self.tries if self.given or t.attempt.seed == self.probe.seed]
-        best = max((t for t in mine if t.grade is not None), key=lambda t: (t.attempt.outcome == "ok", GRADES.index(t.grade.grade)), default=None)
+        best = max(
+            (t for t in mine if t.grade is not None), key=lambda t: (t.attempt.outcome == "ok", GRADES.index(t.grade.grade), -len(t.grade.why)), default=None
+        )
         return self.chosen or best or next((t for t in reversed(mine) if self.given or t.attempt.patch is not None), None)
 
     @property
@@ -152,13 +157,19 @@ class Verdict:
         p, chosen = self.probe, self.chosen
         shown = self.shown
         after = None if shown is None else p.after if self.given else patched(p.before, shown.attempt)
+        read = None if shown is None or shown.attempt.outcome == "diverged" else after
+        seen = replace(p, after=p.before if read is None else read, cache=dict(p.cache))
+        checks = [] if read is None else self._named(shown, read)
         return {
             "title": title, "asked": p.split.asked or f"{len(p.split.forget)} records", "version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
             "task": p.task.name, "parts": {n: len(part) for n, part in p.split.parts().items()}, "references": len(p.references),
             **assured(shown), "refused": [asdict(r) for r in self.refused],
-            "near": copies(p),
+            "near": copies(p), "front": {
+                **front(seen, self.grade, () if shown is None else shown.rows, checks, self.refused),
+                "of": {} if shown is None else {"method": shown.attempt.method, "seed": shown.attempt.seed, "passed": shown.passed},
+            },
             "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
             "verdict": {
                 "passed": self.passed, "reasons": list(self.reasons), "require": shown.require if shown else required(of(p.task).families),
@@ -169,12 +180,12 @@ class Verdict:
                 "stable": METHODS[chosen.attempt.method].stable if chosen.attempt.method in METHODS else None,
                 **({} if chosen.attempt.patch is None else {"digest": chosen.attempt.patch.digest, "places": chosen.attempt.patch.places}),
             },
-            "talk": [] if after is None or not pictures else of(p.task).talk(p, after),
-            "sections": [] if after is None else grouped(self._named(shown, after)),
+            "talk": [] if read is None or not pictures else of(p.task).talk(p, read),
+            "sections": grouped(checks) if checks else [],
             "rules": dict(self.rules), "tries": [self._try(t) for t in self.tries],
             "baselines": {name: [asdict(r) for r in rows] for name, rows in self.baselines.items()},
             "selftest": [asdict(t) for t in self.trials], "notes": list(self.notes),
-            "pictures": shown_by.pictures(replace(p, after=after, cache=dict(p.cache)), self.tries) if pictures and after is not None else {},
+            "pictures": shown_by.pictures(seen, self.tries) if pictures and read is not None else {},
         }  # fmt: skip
 
     def _named(self, shown: Try, after: nn.Module) -> list[Named]:
@@ -195,7 +206,8 @@ class Verdict:
     def _try(self, t: Try) -> dict[str, Any]:
         a = t.attempt
         return {
-            "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason, "passed": t.passed,
+            "method": a.method, "settings": dict(a.settings), "seed": a.seed, "outcome": a.outcome, "reason": a.reason,
+            "passed": t.passed, "grade": None if t.grade is None else t.grade.grade,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
 
@@ -260,16 +272,40 @@ def audited(
     forgotten  the same after the method made them forget (`audits.pool.forgotten`), for U-LiRA
     slow       False leaves out checks and baselines that train, but for those the gate reads
     """
+    if name := unsound(before):
+        raise ModelError(f"the model before holds values that are not finite, first in {name}: nothing can be audited against it")
     preflight(before, task, split)
+    if why := broken(before, task, split, ALL):
+        raise ModelError(f"the model before {why}: nothing can be audited against it")
+    attempt = attempt or Attempt("given", {}, seed, "ok", "", None)
+    if why := unsound(after):
+        return unreadable(Probe(before, after, task, split, seed=seed), attempt, f"holds values that are not finite, first in {why}", rules, require)
     of(task).fits(after, split, "the model after")
+    if why := broken(after, task, split, ALL):
+        return unreadable(Probe(before, after, task, split, seed=seed), attempt, why, rules, require)
+    if attempt.outcome == "ok" and (same := alike(before, after, task, split)):
+        attempt = replace(attempt, outcome="no_op", reason=f"the model after {same}: nothing was unlearned")
     kept, refused = trusted(Probe(before, after, task, split, seed=seed), references)
     p = Probe(before, after, task, split, kept, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
     asked = families(task, rules)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
     lines = baselines(p, rules, slow=slow)
-    one = examined(p, attempt or Attempt("given", {}, seed, "ok", "", None), after, trials, slow, require=require, refused=refused, families=asked)
-    return Verdict(one.passed, list(one.reasons), one if one.passed else None, (one,), rules, trials, p, lines, remarks(p, trials, refused), tuple(refused))
+    one = examined(p, attempt, after, trials, slow, require=require, refused=refused, families=asked)
+    reasons = list(one.reasons) if attempt.outcome == "ok" else [ended(attempt), *one.reasons]
+    return Verdict(one.passed, reasons, one if one.passed else None, (one,), rules, trials, p, lines, remarks(p, trials, refused), tuple(refused))
+
+
+def ended(attempt: Attempt) -> str:
+    """What an attempt that is not ok came to, and why."""
+    return f"{attempt.outcome.replace('_', ' ')}: {attempt.reason}"
+
+
+def unreadable(p: Probe, attempt: Attempt, why: str, rules: Mapping[str, str] | None, require: str) -> Verdict:
+    """The verdict on a candidate that cannot be read (`engine.sound.broken`): diverged, and refuted without a measurement."""
+    gone = replace(attempt, outcome="diverged", reason=f"the model after {why}: it answers nothing that can be audited")
+    one = Try(gone, grade=Grade("refuted", why=(gone.reason,)), require=required(families(p.task, rules), require))
+    return Verdict(False, [ended(gone)], None, (one,), dict(rules or {}), (), p)
 
 
 def trusted(p: Probe, references: Sequence[Any]) -> tuple[tuple[nn.Module, ...], list[Refusal]]:
@@ -291,6 +327,8 @@ def examined(
     comparison = f"{len(p.references)} references" if p.references and not any("the candidate" in d for d in doubts) else ""
     require = required(families, require)
     given = grade(found(rows, trials), named(q, rows), families=families, comparison=comparison, doubts=doubts)
+    if attempt.outcome == "no_op" and given.reaches("supported"):
+        given = Grade("inconclusive", given.findings, (attempt.reason,))
     reasons = () if given.reaches(require) else tuple(f"{given.grade}: {why}" for why in given.why)
     return Try(attempt, rows, reasons, grade=given, require=require)
 

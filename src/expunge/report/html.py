@@ -12,8 +12,9 @@ from typing import Any
 
 from expunge.core.errors import GateError
 from expunge.core.files import write as write_file
-from expunge.report import images, plots, table
-from expunge.report.table import finite, interval, items, mapping, number, plain, texts
+from expunge.report import glance, images, plots, table
+from expunge.report.cells import finite, interval, items, mapping, number, plain, texts
+from expunge.report.words import FAMILIES, WORDS
 
 ASSURANCE = {
     "exact": "Exact. The model was trained again without the records.",
@@ -31,34 +32,6 @@ PARTS = {
     "anchor": "that show what to answer instead",
     "general": "that the model knows besides, read by the audit alone",
 }
-
-WORDS = {
-    "accuracy.forget": "how often the model still gives a forgotten record its label",
-    "accuracy.forget_test": "the same, on records of the forgotten classes that it was never trained on",
-    "accuracy.retain": "how often the model is right on the records that were kept",
-    "accuracy.test": "how often the model is right on records it was never trained on",
-    "error.forget": "mean error on the forgotten records, in units of the target",
-    "error.test": "mean error on records it was never trained on, in units of the target",
-    "drop.test": "what was lost on records it was never trained on (above 0 is worse)",
-    "drop.retain": "what was lost on the records that were kept (above 0 is worse)",
-    "gap_closed.klom": "how much of the way to a model trained without the records was gone (1 is all)",
-    "gap_closed.kl": "how much of the way to a model trained without the records was gone (1 is all)",
-    "gap_closed.relearning": "how much slower it comes back than from the model before, when half of it is learnt again (1: as a model trained without)",
-    "drop.general": "what was lost on what the model knows besides (above 0 is worse)",
-    "tofu.d_over_critical": "how far answers about the forgotten texts differ from those of a model trained without them (at most 1: not told apart at 5 %)",
-    "memorised.extraction_strength.forget": "how much of a forgotten answer the model can still complete by itself, 0 to 1",
-    "canvas.ua": "share of drawings of the forgotten concept that no longer show it",
-    "canvas.alias": "share of drawings under the concept's other names and wordings that still show it",
-    "canvas.ira_drop": "share of the other concepts' drawings that went wrong (above 0 is worse)",
-    "canvas.cra_drop": "share of drawings whose other domains went wrong (above 0 is worse)",
-    "wording.retain.lost": "how much of the kept answers' wording was lost (ROUGE-L, 0 is nothing)",
-    "wording.test.broken": "share of answers to unseen questions that no longer say anything",
-    "wording.forget.broken": "share of answers about the forgotten texts that no longer say anything",
-    "klom_ratio.forget": "distance to models trained without the records, in units of what they differ by among themselves (1: no different)",
-    "membership.loss_auc": "how well an attack tells forgotten records from unseen ones (0.5 is guessing)",
-    "membership.excess": "how much better such an attack does than on a model trained without the records (0: no better)",
-}
-"""Rows that rules usually read, in plain words."""
 
 LIMITS = (
     "It does not prove that no trace is left. It says what the listed measurements found, and how uncertain they are; other attacks may find more.",
@@ -157,18 +130,14 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "shown": [{**_try(t), "rows": [_row(r) for r in items(t.get("rows"))]} for t in shown],
         "plots": [(name, caption, svg) for key, name, caption, draw in _PLOTS if (svg := draw(pictures.get(key)))],
         "offenders": _offenders(items(pictures.get("offenders"))), "notes": texts(document.get("notes")),
-        "sections": table.sections(document),
+        "sections": table.sections(document), "absent": glance.absent(document),
+        "warnings": glance.warnings(document), "bands": plots.bands(glance.losses(document)), "weakest": glance.weakest(document),
+        "levels": glance.levels(document), "unknown": [said.removeprefix("Not known: ") for said in glance.unknown(document)],
+        "unseen": plain(mapping(document.get("front")).get("unseen")), "bars": glance.SAYS, "about": glance.about(document),
         "talk": [{k: plain(t.get(k)) for k in ("about", "question", "truth", "before", "after")} for t in items(document.get("talk"))],
         "identified": table.identified(document), "near": table.near(document),
         "gates": [_gate(name, mapping(g)) for name, g in mapping(document.get("gates")).items()],
     }  # fmt: skip
-
-
-FAMILIES = {
-    "output": "what the model answers", "closeness": "how near it is to models that never saw the records", "return": "what brings it back",
-    "utility": "what had to stay",
-}  # fmt: skip
-"""Families of evidence in words."""
 
 
 def _families(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:

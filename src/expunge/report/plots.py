@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from expunge.report.table import finite, items, mapping, number, plain
+from expunge.report.cells import finite, items, mapping, number, plain
 
 COLOURS = {"before": "#7d8590", "after": "#1f5fa8", "retrained": "#c2650a"}
 LINES = {"before": "-", "after": "-", "retrained": (0, (4, 2))}
 PARTS = {"forget": "forgotten records", "retain": "kept records", "test": "unseen records (test)"}
+GROUPS = {"forget": "forgotten records", "unseen": "unseen records of the same kind", "planted": "planted records"}
 INK, SOFT = "#39414d", "#c9ced6"
 HUES = (COLOURS["after"], COLOURS["retrained"], "#5b8c3e", "#8a4f9e")
 """Of lines side by side, where grey is the reference."""
@@ -102,6 +103,38 @@ def losses(data: Any) -> str:
         figure.legend(list(handles.values()), [_label(n) for n in handles], loc="outside upper right", ncols=3, fontsize=8)
 
     return render(9, 2.7, len(kept), paint)
+
+
+def bands(rows: Sequence[tuple[str, str, Sequence[float]]]) -> str:
+    """Quantiles (5, 25, 50, 75, 95 %) of losses, one box per (records, model), groups of records under one another. Logarithmic unless a loss is negative."""
+    if not rows:
+        return ""
+    logarithmic = min(at[0] for _, _, at in rows) >= 0
+    kept = [(records, model, [max(v, FLOOR) if logarithmic else v for v in at]) for records, model, at in rows]
+    groups = list(dict.fromkeys(records for records, _, _ in kept))
+    places = [k + 0.7 * groups.index(records) for k, (records, _, _) in enumerate(kept)]
+
+    def paint(figure: Any, axes: Sequence[Any]) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+        axis = axes[0]
+        for y, (_, model, (a, b, c, d, e)) in zip(places, kept, strict=True):
+            colour = COLOURS.get(model, INK)
+            axis.plot([a, e], [y, y], color=colour, linewidth=1.4, linestyle=LINES.get(model, "-"))
+            axis.plot([b, d], [y, y], color=colour, linewidth=9, alpha=0.35, solid_capstyle="butt")
+            axis.plot([c], [y], marker="|", markersize=13, markeredgewidth=2.2, color=colour)
+        if logarithmic:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(numticks=8))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_yticks(places, [_label(f"{GROUPS.get(records, records)}, {model}") for records, model, _ in kept])
+        axis.set_ylim(places[-1] + 0.7, -0.7)
+        axis.grid(axis="x", color="#eceff3", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.set_xlabel("loss" + (" (logarithmic)" if logarithmic else ""))
+
+    return render(9, 0.75 + 0.27 * (places[-1] + 1.4), 1, paint)
 
 
 def _handle(colour: str, line: Any) -> Any:

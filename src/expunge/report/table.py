@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from expunge.core.files import write as write_file
-
-MISSING = "not measurable"
-"""What stands for nan, infinities and values that are not numbers."""
+from expunge.report import glance, layout
+from expunge.report.cells import MISSING, finite, interval, items, mapping, number, plain, texts
 
 KEY = {
     "accuracy.forget": "forget accuracy",
@@ -38,6 +37,12 @@ KEY = {
     "drop.general": "lost on general",
 }
 """Row name and heading of the key figures, in the order of columns. Rows that a rule reads come first, whatever they are."""
+
+HEADINGS = {
+    **KEY, "klom_ratio.forget": "KLOM / floor", "gap_closed.kl": "KL gap closed", "gap_closed.margin": "margin gap closed",
+    "gap_closed.relearning": "gap closed, relearning", "known.excess": "known, excess", "restore.closed": "gap closed, restored", "repair.free": "repaired",
+}  # fmt: skip
+"""Headings of further rows that a rule may read."""
 
 BASELINES = {
     "original": "original, untouched",
@@ -72,61 +77,6 @@ class Line:
         return (self.method, self.runs, *self.cells, self.cost, self.outcome)
 
 
-def finite(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a number with a finite value; a truth value is not a number."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def number(value: Any) -> str:
-    """Three figures, thousands grouped; MISSING for what is not a finite number.
-
-    >>> number(0.97), number(-0.0), number(54321.0), number(float("nan")), number(None)
-    ('0.97', '0', '54,321', 'not measurable', 'not measurable')
-    """
-    if not finite(value):
-        return MISSING
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
-
-
-def interval(row: Mapping[str, Any] | None) -> str:
-    """Value, one-sided 95 % bounds and n of a row; "-" for a row that is not there. A count (no width, n of at most 1) is printed alone.
-
-    >>> interval({"value": 0.97, "low": 0.95, "high": 0.98, "n": 500})
-    '0.97 (0.95 to 0.98, n = 500)'
-    >>> interval({"value": 0.97, "low": 0.95, "high": float("inf"), "n": 500})
-    '0.97 (no interval, n = 500)'
-    """
-    if row is None:
-        return "-"
-    value, low, high, n = row.get("value"), row.get("low"), row.get("high"), row.get("n")
-    if not finite(value):
-        return MISSING
-    if low == value == high and (n is None or n == 1):
-        return number(value)
-    span = f"{number(low)} to {number(high)}" if finite(low) and finite(high) else "no interval"
-    return f"{number(value)} ({span}, n = {plain(n)})" if n is not None else f"{number(value)} ({span})"
-
-
-def plain(value: Any) -> str:
-    """One line of text: characters that do not print (line breaks, escape codes) become spaces, None becomes ""."""
-    return "" if value is None else "".join(c if c.isprintable() else " " for c in str(value))
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """`value` if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def items(value: Any) -> list[Mapping[str, Any]]:
-    """The mappings in a list; empty for None and what is no list."""
-    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, (list, tuple)) else []
-
-
-def texts(value: Any) -> list[str]:
-    """The entries of a list as text; empty for None and what is no list."""
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else []
-
-
 def passed(document: Mapping[str, Any]) -> bool:
     """True only if the document holds a verdict that says so."""
     return mapping(document.get("verdict")).get("passed") is True
@@ -159,7 +109,7 @@ def figures(document: Mapping[str, Any], most: int = 6) -> list[Column]:
     have = {row.get("name") for rows in groups for row in items(rows)}
     rules = {plain(name): plain(rule) for name, rule in mapping(document.get("rules")).items()}
     names = [name for name in [*rules, *(k for k in KEY if k not in rules)] if name in have]
-    return [Column(name, KEY.get(name, name), rules.get(name, "")) for name in names[:most]]
+    return [Column(name, HEADINGS.get(name, name), rules.get(name, "")) for name in names[:most]]
 
 
 def headings(document: Mapping[str, Any]) -> list[str]:
@@ -239,32 +189,18 @@ def _escaped(text: str) -> str:
 
 def terminal(document: Mapping[str, Any], width: int = 200) -> Any:
     """The table as a `rich.table.Table`: the cells of `columns`, as many figures as fit into `width` characters, intervals on a line of their own."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    fit = max(2, (width - 44) // 12)
-    caption = "Value (95 % bounds, n), or mean over seeds (smallest to largest)." + (" More figures are in the report." if len(figures(document)) > fit else "")
-    table = Table(box=box.SIMPLE_HEAD, title=Text(plain(document.get("title")), style="bold"), title_justify="left", pad_edge=False, caption=Text(caption))
-    table.caption_justify = "left"
-    for heading in ["method", *(c.heading for c in figures(document)[:fit]), "share of retraining", "outcome"]:
-        table.add_column(Text(heading), min_width=max(map(len, heading.split())), no_wrap=heading == "method")
-    for line in columns(document):
-        table.add_row(*(Text(_broken(cell)) for cell in (line.method, *line.cells[:fit], line.cost, line.outcome)))
-    return table
-
-
-def _broken(cell: str) -> str:
-    """`0.97 (0.95 to 0.98, n = 500)` over three lines, anything else as it is."""
-    value, bracket, rest = cell.partition(" (")
-    return f"{value}\n" + rest.removesuffix(")").replace(", ", "\n") if bracket and rest.endswith(")") else cell
+    heads, lines = headings(document), columns(document)
+    return layout.table([head for head in heads if head != "runs"], [(line.method, *line.cells, line.cost, line.outcome) for line in lines], width)
 
 
 def sections(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(verdict, text, row) lines of the named checks, weakest section and weakest check first; `row` is "" on the line of a section."""
+    """(verdict, text, row) lines of the named checks, weakest section and weakest check first; `row` is "" on the line of a section. A
+    section whose checks do not exist for the kind of model (`glance.absent`) has no line."""
     out = []
     for section in items(document.get("sections")):
         checks = items(section.get("checks"))
+        if section.get("absent") and not checks:
+            continue
         count = ", ".join(f"{n} {plain(v)}" for v, n in mapping(section.get("count")).items() if n)
         out.append((plain(section.get("verdict")), f"{plain(section.get('id'))} {plain(section.get('title'))}: {count}", ""))
         out += [(plain(c.get("verdict")), f"{plain(c.get('id'))} {plain(c.get('statement'))}: {plain(c.get('why'))}", plain(c.get("id"))) for c in checks]
@@ -308,24 +244,35 @@ COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow"}
 
 
 def show(document: Mapping[str, Any], width: int = 200) -> Any:
-    """For a terminal of that width: a `rich` group of table, verdict, reasons, notes and named checks (what passed only as a count)."""
+    """For a terminal of that width: a `rich` group of page one (verdict, what to beware of, losses, weakest link, levels, what is not known), the table, why
+    tries did not pass, notes, and the named checks (what passed only as a count)."""
     from rich.console import Group
+    from rich.padding import Padding
     from rich.text import Text
 
-    good = passed(document)
-    grade = graded(document)
+    good, grade = passed(document), graded(document)
     head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
     if grade:
         head.append(f"  {grade.upper()}: {GRADES[grade]}", style="bold" if good else "bold yellow" if grade != "refuted" else "bold red")
     verdict = mapping(document.get("verdict"))
     more = [f"would change that: {m}" for m in texts(verdict.get("more")) if not good]
-    said = [*texts(verdict.get("reasons")), *more, *filter(None, [near(document)]), *texts(document.get("notes"))]
-    lines = [Text(f"  {reason}") for reason in said]
+
+    def indented(said: Sequence[str], style: str = "") -> list[Any]:
+        return [Padding(Text(text, style=style), (0, 0, 0, 2)) for text in said]
+
+    first = [
+        Text(plain(document.get("title")), style="bold"), head, *indented(glance.warnings(document), "bold red"),
+        *layout.bars(glance.losses(document), width, glance.about(document)),
+        *indented(filter(None, [glance.weakest(document)])), *indented(glance.levels(document)), *indented(filter(None, [near(document)])),
+        *indented(glance.unknown(document)), Text(""),
+    ]  # fmt: skip
+    why = glance.reasons(document)
+    rest = [terminal(document, width), *indented([*why, *more, *glance.notes(document)])]
     for state, text, row in sections(document):
         if not row or state != "PASS":
-            mark = Text(f"{'    ' if row else '  '}{state:8}", style=COLOURS.get(state, ""))
-            lines.append(mark.append(text, style="default" if row else "bold default"))
-    return Group(terminal(document, width), head, *lines)
+            mark = Text(f"{state:8}", style=COLOURS.get(state, ""))
+            rest.append(Padding(mark.append(text, style="default" if row else "bold default"), (0, 0, 0, 4 if row else 2)))
+    return Group(*first, *rest, *indented(filter(None, [glance.absent(document)])))
 
 
 def strict(value: Any) -> Any:

@@ -21,6 +21,7 @@ CLASSIFICATION = modality(
         near=later("expunge.modalities.near:inputs"),
         preflight=later(f"{HERE}.task:preflight"),
         kept=later(f"{RECORDS}:kept"),
+        level=later(f"{RECORDS}:level"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{HERE}.rules:rules"),
         options=OPTIONS,

@@ -24,6 +24,7 @@ CONTRASTIVE = modality(
         kinds=lambda split: ("class",),
         families=("output", "utility"),
         near=later("expunge.modalities.near:inputs"),
+        level=later(f"{HERE}.task:level"),
         rules=rules,
         worlds=("clip-digits",),
         world=later(f"{HERE}.worlds:world"),

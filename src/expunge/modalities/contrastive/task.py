@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import ModelError, SettingError, SplitError
-from expunge.core.types import Batch, Out, Task, device_of, float_of
+from expunge.core.modality import Level
+from expunge.core.types import Batch, Out, Task, absent, device_of, float_of
 from expunge.modalities.pictures import Pictures
+from expunge.modalities.records import correct
 
 PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
 
@@ -128,3 +130,12 @@ def _forward(prompts: Tensor, model: nn.Module, batch: Batch) -> Out:
 def features(model: nn.Module, batch: Batch, layer: str = "") -> Tensor:
     """(B, D) unit vectors of the images."""
     return images(model, batch["x"])
+
+
+def level(p: Any, model: nn.Module, part: str) -> Level:
+    """Share of images that are matched to their own words, without those of classes that retain lacks."""
+    labels = {name: p.seen(p.before, name).labels for name in ("forget", "retain") if getattr(p.split, name) is not None}
+    gone = absent(labels["forget"], labels["retain"]) if "retain" in labels else torch.zeros(0, dtype=torch.long)
+    s = p.seen(model, part)
+    keep = ~torch.isin(s.labels, gone)
+    return correct(s.correct[keep], s.labels[keep])

@@ -111,10 +111,11 @@ def quietly() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def load(folder: Path | str, *, dtype: str = "auto") -> Pipeline:
+def load(folder: Path | str, *, dtype: str = "auto", finite: bool = True) -> Pipeline:
     """The pipeline of a folder, in eval mode.
 
-    Raises ModelError for a folder that is none, an unknown class, a part that is missing, pickled weights, weights that are not finite, and float16 on a CPU.
+    Raises ModelError for a folder that is none, an unknown class, a part that is missing, pickled weights, weights that are not finite (unless
+    `finite` is False: then the audit says so), and float16 on a CPU.
     """
     needed()
     with quietly():
@@ -133,7 +134,7 @@ def load(folder: Path | str, *, dtype: str = "auto") -> Pipeline:
     xl = kind == KINDS[1]
     readers: dict[str, Any] = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
     readers |= {"text_encoder_2": CLIPTextModelWithProjection} if xl else {}
-    parts: dict[str, Any] = {name: part(folder, name, reader, DTYPES[dtype]) for name, reader in {**readers, "vae": AutoencoderKL}.items()}
+    parts: dict[str, Any] = {name: part(folder, name, reader, DTYPES[dtype], finite) for name, reader in {**readers, "vae": AutoencoderKL}.items()}
     vae: Any = parts.pop("vae").requires_grad_(False)
     with quietly():
         tokenizers = [
@@ -181,17 +182,17 @@ def configuration(path: Path, folder: Path, library: str = "diffusers") -> dict[
     return found
 
 
-def part(folder: Path, name: str, reader: Any, dtype: torch.dtype | None) -> nn.Module:
+def part(folder: Path, name: str, reader: Any, dtype: torch.dtype | None, finite: bool = True) -> nn.Module:
     """One network of the pipeline, from safetensors."""
     there(folder, name)
     configuration(folder / name / "config.json", folder)
-    return network(folder / name, f"{name} of {folder.name}", reader, dtype)[0]
+    return network(folder / name, f"{name} of {folder.name}", reader, dtype, finite)[0]
 
 
-def network(folder: Path, said: str, reader: Any, dtype: torch.dtype | None) -> tuple[nn.Module, list[str]]:
+def network(folder: Path, said: str, reader: Any, dtype: torch.dtype | None, finite: bool = True) -> tuple[nn.Module, list[str]]:
     """A network of diffusers or transformers from the safetensors of a folder, and the names of the weights that they lack; `said` names it in errors.
 
-    Raises ModelError for pickled or damaged weights, and for such as are not finite.
+    Raises ModelError for pickled or damaged weights, and, unless `finite` is False, for such as are not finite.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -208,7 +209,7 @@ def network(folder: Path, said: str, reader: Any, dtype: torch.dtype | None) -> 
     except Exception as error:  # a damaged file or configuration ends in any error of the libraries
         raise ModelError(f"cannot load {said}: {told(error)}") from None
     for key, p in found.named_parameters():
-        if not torch.isfinite(p).all():
+        if finite and not torch.isfinite(p).all():
             raise ModelError(f"{said} holds values of {key} that are not finite")
     return found, sorted(info["missing_keys"])
 

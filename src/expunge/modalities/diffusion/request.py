@@ -129,7 +129,7 @@ def released(verdict: Any, found: Pipeline, out: Path | str, *, form: str = "aut
 
 def opened(found: Pipeline, after: Path | str, dtype: str = "auto") -> Any:
     """The model of another folder that must be of the same kind. Raises ModelError when it is not."""
-    other = pipelines.load(after, dtype=dtype)
+    other = pipelines.load(after, dtype=dtype, finite=False)
     if type(other.model) is not type(found.model):
         raise pipelines.ModelError(f"{other.folder.name} and {found.folder.name} hold different kinds of pipelines")
     return replace(other, task=found.task).model
@@ -154,7 +154,7 @@ def read(request: Request) -> Opened:
 
 def load(request: Request) -> nn.Module:
     """The model of the pipeline after, where the request names one, or of the one before."""
-    return pipelines.load(request.path(request.after or request.model), dtype=request.options["dtype"]).model
+    return pipelines.load(request.path(request.after or request.model), dtype=request.options["dtype"], finite=not request.after).model
 
 
 def sized(request: Request) -> Any:

@@ -34,20 +34,21 @@ def call(spec: str, error: type[ExpungeError] = ModelError, folder: Path | None 
         sys.path.remove(place)
 
 
-def load(spec: str, weights: Path | str | None = None, folder: Path | None = None) -> nn.Module:
+def load(spec: str, weights: Path | str | None = None, folder: Path | None = None, *, finite: bool = True) -> nn.Module:
     """The module that `py:module:factory` returns, in eval mode, with the state dict of a safetensors file if one is named.
 
-    Raises ModelError for a factory that fails, a pickle, a damaged file, names or shapes that do not fit, or weights that are not finite.
+    Raises ModelError for a factory that fails, a pickle, a damaged file, names or shapes that do not fit, or weights that are not
+    finite (unless `finite` is False: then the audit says so).
     """
     model = call(spec, folder=folder)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned {type(model).__name__}, not a torch module")
     if weights is not None:
-        model.load_state_dict(read_state(Path(weights), model), strict=False)
+        model.load_state_dict(read_state(Path(weights), model, finite=finite), strict=False)
     return model.eval()
 
 
-def read_state(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+def read_state(path: Path, model: nn.Module, *, finite: bool = True) -> dict[str, torch.Tensor]:
     """A state dict that fits the model exactly."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -69,7 +70,7 @@ def read_state(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     for name, value in state.items():
         if value.shape != mine[name].shape:
             raise ModelError(f"{path.name} holds {name} as {tuple(value.shape)}, the model has {tuple(mine[name].shape)}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if finite and value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"{path.name} holds values of {name} that are not finite")
     return state
 

@@ -67,7 +67,7 @@ def read(request: Request, task: str) -> Opened:
 def load(request: Request) -> nn.Module:
     """The model of the factory with the weights after, where the request names them, or those before."""
     weights = request.after or request.options["weights"]
-    return models.load(request.model, request.path(weights) if weights else None, request.folder if request.inside else None)
+    return models.load(request.model, request.path(weights) if weights else None, request.folder if request.inside else None, finite=not request.after)
 
 
 def sized(request: Request, task: str) -> tuple[Task, Split, Any]:

@@ -30,6 +30,7 @@ LANGUAGE = modality(
         preflight=later(f"{HERE}.texts:preflight"),
         fits=later(f"{HERE}.texts:fits"),
         kept=later(f"{HERE}.autopilot:kept"),
+        level=later(f"{HERE}.texts:level"),
         validation=later(f"{HERE}.autopilot:validation"),
         search=Search(
             (1.0, 0.3),

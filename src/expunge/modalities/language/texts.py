@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import SplitError
+from expunge.core.modality import Level
 from expunge.core.types import Split, Task
 
 GENERAL = ("real_authors", "world_facts")
@@ -111,3 +112,13 @@ def fits(model: nn.Module, split: Split, which: str) -> None:
             raise SplitError(f"{name} holds token {top}; {which} knows {known}: is this its tokenizer?")
         if context is not None and longest > context:
             raise SplitError(f"{name} holds a text of {longest} tokens; the context of {which} is {context}: lower max_length")
+
+
+def level(p: Any, model: nn.Module, part: str) -> Level:
+    """Mean probability per token, beside that which each token's own share of the part's targets gives; above it in losses per token: 1 - loss / its loss."""
+    nll, data = p.seen(model, part).nll.double(), getattr(p.split, part)
+    said = torch.cat([t[where] for t, where in zip(data.tokens, data.targets, strict=True)])
+    shares = said.bincount().double() / len(said)
+    constant = torch.stack([-shares[t[where]].log().mean() for t, where in zip(data.tokens, data.targets, strict=True)])
+    above = 1 - float(nll.mean() / constant.mean().clamp(min=1e-9))
+    return Level("probability per token", float((-nll).exp().mean()), float((-constant).exp().mean()), above, len(data))

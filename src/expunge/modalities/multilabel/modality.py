@@ -26,6 +26,7 @@ MULTILABEL = modality(
         adopts=adopts,
         preflight=later(f"{HERE}.task:preflight"),
         fits=later(f"{HERE}.task:fits"),
+        level=later(f"{HERE}.task:level"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{HERE}.rules:rules"),
         pace=lambda model: {"lr": 0.05, "momentum": 0.9, "clip": 10.0},

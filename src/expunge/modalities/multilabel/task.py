@@ -7,10 +7,13 @@ verdict = expunge.forget(model, multilabel(), expunge.Split(gone, kept, test))
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from expunge.core.errors import ModelError, SplitError
+from expunge.core.modality import Level
 from expunge.core.types import Batch, Out, Split, Task
 from expunge.modalities.classification.task import collate, features, inputs
 from expunge.modalities.examples import Examples
@@ -73,3 +76,13 @@ def fits(model: nn.Module, split: Split, which: str) -> None:
         raise SplitError(f"{which} cannot take the inputs: {str(error).splitlines()[0]}") from None
     if answers != (1, split.forget.y.shape[1]):
         raise SplitError(f"{which} gives answers of shape {answers[1:]} per record, the targets are {tuple(split.forget.y.shape[1:])}")
+
+
+def level(p: Any, model: nn.Module, part: str) -> Level:
+    """Share of right answers over all labels, beside that of the commoner answer to each."""
+    s = p.seen(model, part)
+    yes = s.target > 0.5
+    share = yes.float().mean(0)
+    right = float(((s.pred > 0.5) == yes).float().mean())
+    chance = float(torch.maximum(share, 1 - share).mean())
+    return Level("share of right answers", right, chance, 1.0 if chance == 1 else (right - chance) / (1 - chance), len(yes))

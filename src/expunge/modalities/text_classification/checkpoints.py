@@ -81,11 +81,11 @@ def classes(folder: Path | str) -> dict[str, int]:
     return named or {str(k): int(v) for k, v in (found.get("label2id") or {"LABEL_0": 0, "LABEL_1": 1}).items()}
 
 
-def load(folder: Path | str, *, dtype: str = "auto") -> tuple[nn.Module, Any]:
+def load(folder: Path | str, *, dtype: str = "auto", finite: bool = True) -> tuple[nn.Module, Any]:
     """(model in eval mode, tokenizer) of a folder. `dtype`: auto (as stored), float32 or bfloat16.
 
     Raises ModelError for a folder that holds no text classifier, pickled weights, weights that lack some of the model's (its head, say) or have others, that
-    are not finite, a model of one number or of several labels per text, or no tokenizer.
+    are not finite (unless `finite` is False: then the audit says so), a model of one number or of several labels per text, or no tokenizer.
     """
     needed()
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -110,7 +110,7 @@ def load(folder: Path | str, *, dtype: str = "auto") -> tuple[nn.Module, Any]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ModelError(f"the weights of {folder.name} do not fit its model: {names[0]}{more} {why}")
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
+        if finite and not torch.isfinite(p).all():
             raise ModelError(f"{folder.name} holds values of {name} that are not finite")
     if model.config.num_labels < 2 or model.config.problem_type in ("regression", "multi_label_classification"):
         kind = model.config.problem_type or "one output"

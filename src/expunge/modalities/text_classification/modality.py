@@ -45,6 +45,7 @@ TEXT_CLASSIFICATION = modality(
         kinds=later(f"{RECORDS}:kinds"),
         preflight=later(f"{HERE}.task:preflight"),
         fits=later(f"{HERE}.task:fits"),
+        level=later(f"{RECORDS}:level"),
         validation=later(f"{RECORDS}:validation"),
         rules=later("expunge.modalities.classification.rules:rules"),
         pace=pace,

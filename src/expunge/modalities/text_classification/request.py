@@ -32,7 +32,7 @@ def read(request: Request) -> Opened:
     found = split(request, dict(zip(rows, records(tokenizer, *rows.values(), names=names, max_length=length, called=called), strict=True)), names)
 
     def load(folder: str) -> nn.Module:
-        return checkpoints.load(request.path(folder), dtype=given["dtype"])[0]
+        return checkpoints.load(request.path(folder), dtype=given["dtype"], finite=False)[0]
 
     after = load(request.after or request.model) if request.audit else None
 
@@ -44,7 +44,7 @@ def read(request: Request) -> Opened:
 
 def load(request: Request) -> Any:
     """The model of the folder after, where the request names one, or of the one before."""
-    return checkpoints.load(request.path(request.after or request.model), dtype=request.options["dtype"])[0]
+    return checkpoints.load(request.path(request.after or request.model), dtype=request.options["dtype"], finite=not request.after)[0]
 
 
 def files(request: Request) -> dict[str, list[dict[str, Any]]]:
