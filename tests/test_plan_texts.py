@@ -15,7 +15,7 @@ from expunge.core.journal import Journal
 from expunge.core.registry import METHODS
 from expunge.engine.run import unlearn
 from expunge.modalities.language import autopilot
-from expunge.planning import plan
+from expunge.planning import plan, search
 
 STEP = 0.1 / 32
 """The step size that suits the width of the small model."""
@@ -34,7 +34,7 @@ def searched(name: str, fixed: dict, **parts):
     ("name", "fixed", "steps", "others"),
     [
         ("npo", {"beta": 0.2}, [STEP, 0.3 * STEP], {"beta": 0.2, "retain_size": 32, "epochs": 10.0, "retain": "ce"}),
-        ("npo", {"epochs": 1.0, "lora": 2}, [10 * STEP, 3 * STEP], {"epochs": 1.0, "lora": 2, "retain_size": 32}),
+        ("npo", {"epochs": 1.0, "lora": 2}, [autopilot.LORA * STEP, 0.3 * autopilot.LORA * STEP], {"epochs": 1.0, "lora": 2, "retain_size": 32}),
         ("npo", {"epochs": "1", "lora": "0"}, [STEP, 0.3 * STEP], {"epochs": 1.0, "lora": 0}),
         ("npo", {"epochs": 1.0, "retain_size": 4, "retain": "none"}, [STEP, 0.3 * STEP], {"retain_size": 4, "retain": "none", "batch_size": 8}),
         ("ce_u", {"epochs": 1.0}, [STEP, 0.3 * STEP], {"epochs": 1.0, "retain": "ce"}),
@@ -93,7 +93,7 @@ def test_prices_are_those_of_the_run_that_the_settings_ask_for():
 
 def test_settings_that_are_no_settings_are_refused_before_anything_runs(monkeypatch):
     model, task, split = small("causal_lm")
-    monkeypatch.setattr(plan, "unlearn", None)
+    monkeypatch.setattr(search, "unlearn", None)
     with pytest.raises(SettingError, match="did you mean 'beta'"):
         plan.forget(model, task, split, settings={"npo": {"bta": 1}})
     with pytest.raises(SettingError, match="no method 'npoo'"):

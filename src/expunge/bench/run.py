@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,4 +209,4 @@ def run_cell(
 
 def searched(method: str, task: Task, split: Split, original: nn.Module, seed: int) -> Attempt:
     """The method as the autopilot runs it, at the one step size that suits the model's width, ended at the step that validation likes best."""
-    return tuned(method, original, task, split, closeness(original, task, split), scales=(1.0,), seed=seed)[0].attempt
+    return tuned(method, original, task, split, closeness(original, task, replace(split, general=None)), scales=(1.0,), seed=seed)[0].attempt

@@ -20,7 +20,7 @@ COMMANDS = {
         "plan",
         "Say which methods are feasible with the parts at hand, what they may claim and cost. Example: expunge plan world:digits/train class:3",
     ),
-    "forget": ("forget", "Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3)."),
+    "forget": ("forget", "Unlearn, audit, gate: searches all feasible methods, or takes --method NAME with its settings (--keep 0.3)."),
     "retrain": ("retrain", "Train references that never saw what must go, with a record of how each came about, for --reference of forget and audit."),
     "run": ("forget", "Carry out a recipe file. Example: expunge run recipes/digits-class.toml"),
     "audit": ("audit", "Audit a patch, or weights from any other tool, against the model before and retrained references."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,9 +45,10 @@ def forget(
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
     retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "",
     keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, to OUT/candidate.")] = False,
+    minutes: Annotated[float, typer.Option(help="Wall time after which no run begins; 0 is no limit.")] = 0.0,
     key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Unlearn, audit, gate: tries feasible methods in order of cost, or --method NAME with its settings (--keep 0.3).
+    """Unlearn, audit, gate: searches all feasible methods, or takes --method NAME with its settings (--keep 0.3).
 
     Texts: expunge forget --task causal-lm --model DIR --forget f.jsonl --retain r.jsonl --method npo --lora 16; what comes out is loaded without expunge.
     Pipelines of diffusers: expunge forget --task diffusion --model DIR --concept "Van Gogh style" --anchor "painting" --method uce
@@ -62,7 +64,7 @@ def forget(
         verdict = planner.forget(
             opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
             folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
-            progress=progress, require=require,
+            progress=progress, require=require, minutes=minutes or math.inf,
         )  # fmt: skip
     document = verdict.save(out, f"Forget {opened.split.asked or what}", key(key_file))
     if folder := opened.release(verdict, Path(out) / "released"):

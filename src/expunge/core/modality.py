@@ -112,17 +112,44 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class Parted:
+    """A request as the autopilot reads it: what methods and their validation are given, what the audit reads, and what a report says about that."""
+
+    trained: Any
+    audited: Any
+    notes: tuple[str, ...] = ()
+
+
+def _whole(model: Any, task: Any, split: Any, seed: int = 0) -> Parted:
+    """Both read all of it."""
+    return Parted(split, split)
+
+
+@dataclass(frozen=True)
 class Search:
     """How the autopilot looks for the strength of a method.
 
-    scales    multiples of its strength to try, best on validation first audited
+    factor    between two strengths that stand side by side in the search
+    most      strengths of a method that are tried at most
     tuned     settings -> whether they are those of a method that is run by `recipe`, at multiples of `stride`
     recipe    (settings, split) -> what is changed of the published settings
     stride    (settings, task, model) -> the step size that suits the model
+    strengths settings that set how hard a method pushes, in order of preference: the first that a method has as a number above 0 is scaled, where the method is
+              not one that is `tuned`; `other` names the setting of methods for which it is another than that
+    longer    settings -> what is changed for a front-runner, which runs longer
+    screened  whether the validation score cannot tell what is gone from what is hidden, so that tries are also compared by the gate's own rules, read on
+              validation in place of test
+    parts     (model, task, split, seed) -> Parted
     told      the recipe in short, for tables; empty where methods run as published
     """
 
-    scales: tuple[float, ...] = (1.0, 3.0, 0.3)
+    factor: float = 3.0
+    most: int = 5
+    strengths: tuple[str, ...] = ("lr", "scale", "alpha")
+    other: Mapping[str, str] = field(default_factory=dict)
+    longer: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda settings: {"epochs": 3 * settings["epochs"]} if "epochs" in settings else {}
+    screened: bool = False
+    parts: Callable[..., Parted] = _whole
     tuned: Callable[[Mapping[str, Any]], bool] = lambda settings: False
     recipe: Callable[[Mapping[str, Any], Any], dict[str, Any]] = lambda settings, split: {}
     stride: Callable[[Mapping[str, Any], Any, Any], float] = lambda settings, task, model: settings["lr"]
@@ -179,6 +206,7 @@ class Modality:
     search      how the autopilot looks for the strength of a method
     rules       probe -> rules of the default gate, by row
     pace        model -> how an attacker trains it
+    trivial     (model, task, split, seed) -> trivial baselines by label, where those of records do not work on it
     talk        (probe, model after) -> questions and answers for the report
     families    of evidence that its checks can give (`audits.grade`)
     bench       checks of a cell of a table (all where empty) and how many retrained models it is read against, both unless all are asked for
@@ -215,6 +243,7 @@ class Modality:
     search: Search = field(default_factory=Search)
     rules: Callable[[Any], dict[str, str]] = lambda probe: {}
     pace: Callable[[Any], dict[str, Any]] = lambda model: {"lr": 0.01, "momentum": 0.9, "clip": 10.0}
+    trivial: Callable[..., Mapping[str, Any]] = lambda model, task, split, seed=0: {}
     talk: Callable[[Any, Any], list[dict[str, str]]] = lambda probe, after: []
     families: tuple[str, ...] = ("output", "closeness", "return", "utility")
     bench: tuple[tuple[str, ...], int] = ((), 3)

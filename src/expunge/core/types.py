@@ -65,7 +65,7 @@ class Split:
     test         never trained on: utility, and the source of non-members
     validation   never trained on and apart from test: all tuning and stopping reads this part only
     anchor       what to say instead (neutral concept, refusals, out-of-distribution inputs)
-    general      what the model knows besides, read as utility by audits alone: no method looks at it
+    general      what the model knows besides, read as utility by audits: no method looks at it, and the autopilot keeps apart what it may (`Search.parts`)
     asked        the request in the words of the selector, as `class:3` or `ids:17,42`
     corrected    retain may hold inputs of forget under another target: records that were taught wrongly, with what is right
     """

@@ -23,7 +23,7 @@ from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
 from expunge.core.digest import model_digest
 from expunge.core.errors import ModelError, SettingError
 from expunge.core.files import write
-from expunge.core.modality import of
+from expunge.core.modality import Modality, of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task, held, spread
 from expunge.engine.rounding import alike
@@ -47,8 +47,11 @@ def families(task: Task, rules: Mapping[str, str] | None) -> tuple[str, ...]:
     return of(task).families if not rules else tuple(name for name in FAMILIES if name in {family(rule) for rule in rules})
 
 
-TRIVIAL = {"fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0})}
-"""Baselines that train for one pass over retain: label -> method and settings. reset_last draws the last layer anew and trains it alone."""
+TRIVIAL = {
+    "fine_tune": ("fine_tune", {"epochs": 1.0}), "reset_last": ("fine_tune", {"k": 1, "reset": True, "epochs": 1.0}), "guardrail": ("guardrail", {}),
+}  # fmt: skip
+"""Baselines: label -> method and settings. fine_tune trains for one pass over retain; reset_last draws the last layer anew and trains it alone; guardrail
+leaves all weights and refuses, where it finds whom to refuse. Those of a modality (`Modality.trivial`) stand beside them."""
 
 
 def trivial(task: Task) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -190,14 +193,19 @@ class Verdict:
 
     def _named(self, shown: Try, after: nn.Module) -> list[Named]:
         """The named checks of the try that is shown."""
+        mine = {label for label, (name, _) in trivial(self.probe.task).items() if METHODS[name].assurance != "suppression"}
         same = {t.attempt.seed for t in self.tries if t.rows and t.attempt.method == shown.attempt.method}
         table = {*self.baselines, *(t.attempt.method for t in self.tries)}
         facts = {
             "seeds": True if len(same) >= 3 else None,
-            "baselines": {"original", "retrained", *trivial(self.probe.task)} <= table,
+            "baselines": {"original", "retrained", *mine, *self._trained()} <= table,
             "reversible": None if shown.attempt.patch is None else reversible(self.probe.before, shown.attempt),
         }
         return named(replace(self.probe, after=after), shown.rows, facts)
+
+    def _trained(self) -> set[str]:
+        """Labels of the modality's own trivial baselines."""
+        return set() if of(self.probe.task).trivial is Modality.trivial else {"fine_tune", "reset_last"}
 
     def _cost(self, attempt: Attempt) -> dict[str, float | None]:
         total = self.probe.cost.get("retrain_passes")
@@ -346,6 +354,7 @@ def baselines(p: Probe, rules: Iterable[str], checks: Sequence[str] = (), *, slo
             attempt = unlearn(name, p.before, p.task, p.split, seed=p.seed, **settings)
             if attempt.outcome == "ok":
                 models[label] = replace(p, after=patched(p.before, attempt), cost={**p.cost, **attempt.cost})
+        models |= {label: replace(p, after=made) for label, made in of(p.task).trivial(p.before, p.task, p.split, p.seed).items()}
     if len(p.references) >= 2:
         models["retrained"] = replace(p, after=p.references[0], references=p.references[1:], spread=p.references)
     return {label: _rows(q, rules, False, checks) for label, q in models.items()}

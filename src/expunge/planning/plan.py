@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from expunge.audits import core
 from expunge.audits.core import Probe
-from expunge.audits.verdict import blind, default_rules, selftest
-from expunge.core.errors import ExpungeError, ModelError
-from expunge.core.guard import Guard, Meter
-from expunge.core.modality import of
+from expunge.audits.verdict import Trial, blind, checks_for, default_rules, selftest
+from expunge.core.errors import ExpungeError, ModelError, SettingError
+from expunge.core.modality import Parted, of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
-from expunge.engine.run import GRADED, preflight, unlearn, unsound
+from expunge.engine.run import GRADED, preflight, unsound
+from expunge.planning import advice
 from expunge.planning.outcome import Try, Verdict, baselines, examined, families, patched, remarks, required, trusted
+from expunge.planning.search import Course, best_of, bracketed, changed, fronted, halved, searched, worth
 
 KINDS = {"moe": "a mixture of experts"}
 """What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
 
-STRENGTHS = ("lr", "scale", "alpha")
-"""Settings that set how hard a method pushes, in order of preference: the autopilot scales the first that a method has."""
+FRONT = 4
+"""Methods that stay in the search to its end, where the autopilot chooses the methods itself: of these the best run and the best longer one are audited."""
+
+WAVE = 4.0
+"""Where it does, methods that cost at most so many times what the cheapest costs are tried together, before any that costs more."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,12 @@ def forget(
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None, require: str = "",
+    minutes: float = math.inf,
 ) -> Verdict:  # fmt: skip
-    """The autopilot: feasible methods in order of cost, tuned on validation alone, until one patch passes the gate; every try is kept.
+    """The autopilot: feasible methods, tuned on validation alone, until one patch passes the gate; every try is kept.
+
+    Where it chooses the methods itself and there is validation, the cheapest go first (WAVE), and of them only those that do best on validation are audited
+    (`search.halved`), in that order. Else each method is searched and audited, in order of cost.
 
     references      models retrained without the forget set (or records of them, `parts.provenance.Reference`); each is checked before it is believed. From one
                     on they make `verified` possible, three or more make it easier
@@ -88,18 +98,23 @@ def forget(
     methods         only these; the default is every feasible approximate method (retraining is what they are compared with)
     settings        method -> settings that are fixed by the user. Such a method is run once, as given, but for texts where `lr` is none of them: then the
                     step size is searched for, and what is not named is as the autopilot has it
-    scales          multiples of the method's strength to try on validation; those of the modality when none are given, (1.0,) runs defaults
-                    only. Without validation there is no tuning
+    scales          multiples of the method's strength to try on validation, all of them; (1.0,) runs defaults only. When none are given, strengths are searched
+                    for, upwards and downwards (`search.rung`). Without validation there is no tuning
     checks          only these checks and those that the rules read; the default is all that apply
     slow            False leaves out checks and baselines that train, but for those the gate reads
     pool            shadow models (`audits.pool.shadows`), without which per-example attacks are left out
     stop            False: audit every method, choose the cheapest that passes. True also stops after the cheapest method when no check of
                     forgetting passed its self-test, as then nothing can pass; `methods` overrides that
+    minutes         wall time after which no run begins, and one under way ends at its best state; what was found by then is audited, one try at least. The only
+                    thing here that the seed does not decide
     A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
+    until = time.perf_counter() + 60 * minutes
     asked = families(task, rules)
     required(asked, require)
+    if not minutes > 0:
+        raise SettingError(f"minutes must be above 0, not {minutes:g}")
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)
@@ -107,97 +122,137 @@ def forget(
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
         METHODS[name].made_for(task, split)
+    order = [o for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
+    wanted = [o for o in order if (o.method in methods if methods else METHODS[o.method].assurance == "approximate")]
+    ours = any(searched(o.method, task, (settings or {}).get(o.method, {})) for o in wanted)
+    parted = of(task).search.parts(model, task, split, seed=seed) if ours else Parted(split, split)
+    split = parted.audited
     kept_models, refused = trusted(Probe(model, model, task, split, seed=seed), references)
     p = Probe(model, model, task, split, kept_models, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
     rules = dict(rules or default_rules(p))
     trials = tuple(selftest(p, rules))
-    order = [o.method for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
-    wanted = [m for m in order if (m in methods if methods else METHODS[m].assurance == "approximate")]
     nothing = blind(trials)
-    validate, tries, best, kept = closeness(model, task, split), [], None, {}
-    scales = scales or of(task).search.scales
-    for number, name in enumerate(wanted):
-        fixed = dict((settings or {}).get(name, {}))
-        runs = tuned(
-            name, model, task, split, validate, scales=scales, fixed=fixed, seed=seed, folder=folder, kept=kept, progress=progress,
-            label=f"{name} ({number + 1}/{len(wanted)})",
-        )  # fmt: skip
-        good = next((found for o in GRADED if (found := [t for t in runs if t.attempt.outcome == o])), [])
-        if good:
-            top = best_of(good)
-            seen = examined(p, top.attempt, patched(model, top.attempt), trials, slow, checks, require=require, refused=refused, families=asked)
-            runs = [
-                replace(seen, score=t.score)
-                if t is top
-                else replace(t, reasons=("not audited: another setting of the same method did better on validation",))
-                if t.attempt.outcome == "ok"
-                else t
-                for t in runs
-            ]
-        tries += runs
-        passing = [t for t in runs if t.passed]
-        if passing and (best is None or passing[0].attempt.meter.passes < best.attempt.meter.passes):
-            best = passing[0]
-        if stop and (best or (nothing and not methods and any(t.attempt.outcome == "ok" for t in good))):
-            break
+    validate = closeness(model, task, parted.trained)
+    screen = screened(p, trials) if of(task).search.screened and split.validation is not None else None
+    course = Course(model, task, parted.trained, validate, seed, settings or {}, folder, progress=progress, until=until, screen=screen)
+
+    def audit(t: Try) -> Try:
+        seen = examined(p, t.attempt, patched(model, t.attempt), trials, slow, checks, require=require, refused=refused, families=asked)
+        return replace(seen, score=t.score)
+
+    if stop and not methods and not scales and not nothing and validate is not None and len(wanted) > 1:
+        tries, untried = _chosen(course, wanted, audit)
+    else:
+        tries, untried = _each(course, wanted, audit, scales, stop, stop and nothing and not methods)
+    passing = [t for t in tries if t.passed]
+    best = min(passing, key=lambda t: t.attempt.meter.passes) if passing else None
     reasons = (
         []
         if best
         else ([f"{t.attempt.method}: {told(t)}" for t in tries if t.rows or t.attempt.outcome != "ok"] or ["no feasible method for this task and split"])
     )
-    notes = remarks(p, trials, refused)
+    notes = remarks(p, trials, refused) + parted.notes
+    if untried:
+        notes += (f"The time was up ({minutes:g} minutes): not tried {', '.join(untried)}.",)
+    if not best:
+        notes += tuple(advice.explained(tries, general=split.general is not None, retain=split.retain is not None))
     if nothing and stop and not methods:
         notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
     return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes, tuple(refused))
 
 
+def screened(p: Probe, trials: Sequence[Trial]) -> Callable[[nn.Module], float]:
+    """Model -> how far it is from passing: the sum over the gate's usable rules, read on validation in place of test, of how far the worse end of the row lies
+    beyond the rule, in units of its limit, at most 1. Test is never read."""
+    rules = {t.name: t.rule for t in trials if t.usable}
+    here = replace(p, split=replace(p.split, test=p.split.validation), cache={})
+
+    def excess(after: nn.Module) -> float:
+        rows = {r.name: r for r in core.audit(replace(here, after=after, cache=dict(here.cache)), checks_for(rules), slow=False)}
+        return sum(min(1.0, advice.beyond(rows[name], rule)) for name, rule in rules.items() if name in rows)
+
+    return excess
+
+
+Audit = Callable[[Try], Try]
+
+
+def _each(course: Course, wanted: Sequence[Option], audit: Audit, scales: Sequence[float], stop: bool, once: bool) -> tuple[list[Try], list[str]]:
+    """Each method searched and the best of its tries audited, in order of cost: (tries, methods that the time did not reach). `once` ends it after the first
+    that leaves a patch."""
+    tries: list[Try] = []
+    for number, option in enumerate(wanted):
+        name, audited = option.method, any(t.grade is not None for t in tries)
+        if course.over and (audited or number):
+            return tries, [o.method for o in wanted[number:]]
+        label = f"{name} ({number + 1}/{len(wanted)})"
+        runs = laddered(course, name, scales, label) if scales else bracketed(course, name, label)
+        good = next((found for o in GRADED if (found := [t for t in runs if t.attempt.outcome == o])), [])
+        if good:
+            top = best_of(good)
+            seen = audit(top)
+            runs = [seen if t is top else _left(t, "another setting of the same method did better on validation") for t in runs]
+        tries += runs
+        if (stop and any(t.passed for t in runs)) or (once and any(t.attempt.outcome == "ok" for t in good)):
+            break
+    return tries, []
+
+
+def _chosen(course: Course, wanted: Sequence[Option], audit: Audit) -> tuple[list[Try], list[str]]:
+    """The search of many methods, wave after wave: (tries, methods that the time did not reach). The best try of each of the front-runners is audited, in the
+    order of validation, until one passes."""
+    tries: list[Try] = []
+    left, began = list(wanted), False
+    while left and not (course.over and began):
+        limit = WAVE * max(1.0, left[0].forward + left[0].backward)
+        wave = [o.method for o in left if o.forward + o.backward <= limit]
+        left = [o for o in left if o.method not in wave]
+        found = halved(course, wave, FRONT)
+        began = True
+        front = sorted((t for runs in list(found.values())[:FRONT] for t in fronted(runs)), key=worth, reverse=True)
+        seen: dict[int, Try] = {}
+        for top in front:
+            if top.attempt.outcome not in GRADED or (course.over and any(t.grade is not None for t in [*tries, *seen.values()])):
+                continue
+            seen[id(top)] = audit(top)
+            if seen[id(top)].passed:
+                break
+        for runs in found.values():
+            ours = any(id(t) in seen for t in runs.values())
+            why = "another setting of the same method did better on validation" if ours else "other methods did better on validation"
+            tries += [seen.get(id(t)) or _left(t, why) for t in runs.values()]
+        missed = [name for name in wave if name not in found]
+        if any(t.passed for t in tries) or missed:
+            return tries, [*missed, *(o.method for o in left)] if missed else []
+    return tries, [o.method for o in left]
+
+
+def _left(t: Try, why: str) -> Try:
+    """A try that is not audited, and why."""
+    return replace(t, reasons=(f"not audited: {why}",)) if t.attempt.outcome == "ok" else t
+
+
 def tuned(
-    name: str, model: nn.Module, task: Task, split: Split, validate: Callable[[nn.Module], float] | None, *, scales: Sequence[float],
+    name: str, model: nn.Module, task: Task, split: Split, validate: Callable[[nn.Module], float] | None, *, scales: Sequence[float] = (),
     fixed: Mapping[str, Any] | None = None, seed: int = 0, folder: Path | str | None = None, kept: dict | None = None, label: str = "",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Try]:  # fmt: skip
-    """One run of a method for every multiple of its strength (one run as given, without validation or with `fixed` settings that `searched` says no to),
-    each ended at its best state on validation, graded, not audited. A modality's recipe is followed; a method that refuses a retain loss is run without."""
-    runs = []
-    ladder = _ladder(name, model, task, split, scales, fixed or {}) if validate is not None and searched(name, task, fixed or {}) else [{}]
-    for rung, change in enumerate(ladder):
-        where = None if folder is None else Path(folder) / f"{name}-{rung}"
-        watch = Guard(validate=validate, every=max(5, len(split.forget) // 64), progress=progress, label=label or name, kept={} if kept is None else kept)
-        attempt = unlearn(name, model, task, split, seed=seed, guard=watch, folder=where, **{**(fixed or {}), **change})
-        if attempt.outcome == "refused" and "retain" in change:
-            own = {k: v for k, v in change.items() if k != "retain"}
-            attempt = unlearn(
-                name, model, task, split, seed=seed, guard=replace(watch, meter=Meter(), coverage={}, doubts=[]), folder=where, **{**(fixed or {}), **own}
-            )
-        graded = validate(patched(model, attempt)) if validate and attempt.patch is not None else None
-        runs.append(Try(attempt, score=graded))
-    return runs
+    """Runs of one method, each ended at its best state on validation, graded, not audited: one for every multiple of its strength, or as many as a search
+    takes where none are named; one as given, without validation or with `fixed` settings that `searched` says no to."""
+    course = Course(model, task, split, validate, seed, {name: fixed or {}}, folder, {} if kept is None else kept, progress)
+    return laddered(course, name, scales, label) if scales else bracketed(course, name, label)
+
+
+def laddered(course: Course, name: str, scales: Sequence[float], label: str = "") -> list[Try]:
+    """Runs of one method at these multiples of its strength."""
+    fixed = course.fixed.get(name, {})
+    if course.validate is None or not searched(name, course.task, fixed):
+        return [course.run(name, {}, label)]
+    changes = [changed(name, course.model, course.task, course.split, fixed, scale) for scale in scales]
+    return [course.run(name, change, label, str(rung)) for rung, change in enumerate(changes) if not rung or change != changes[0]]
 
 
 def told(t: Try) -> str:
     """Why a try did not pass: what its run came to, where that was not ok, and what the gate said."""
     ran = () if t.attempt.outcome == "ok" else (f"{t.attempt.outcome.replace('_', ' ')}: {t.attempt.reason}",)
     return "; ".join((*ran, *t.reasons)) or t.attempt.reason
-
-
-def best_of(tries: Sequence[Try]) -> Try:
-    """The try with the best validation score; the first where none has a score."""
-    return max(tries, key=lambda t: t.score if t.score is not None else 0.0)
-
-
-def searched(name: str, task: Task, fixed: Mapping[str, Any]) -> bool:
-    """Whether the strength of a method is searched for when the user named these settings: none of them, or, where the modality has a recipe, all but `lr`.
-    Step sizes published for language models suit other models; those of records suit most, and what is named may stand for another strength."""
-    return not fixed or (of(task).search.tuned(METHODS[name].defaults) and "lr" not in fixed)
-
-
-def _ladder(name: str, model: nn.Module, task: Task, split: Split, scales: Sequence[float], fixed: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """What is changed from `fixed` and the published settings for each multiple."""
-    settings, search = METHODS[name].settings(fixed), of(task).search
-    if search.tuned(settings):
-        ours = {k: v for k, v in search.recipe(settings, split).items() if k not in fixed}
-        return [{**ours, "lr": scale * search.stride(settings, task, model)} for scale in scales]
-    strength = next((s for s in STRENGTHS if isinstance(settings.get(s), float)), None)
-    return (
-        {} if strength is None or scale == 1.0 else {strength: settings[strength] * scale} for scale in (scales if strength else itertools.islice(scales, 1))
-    )

@@ -12,12 +12,13 @@
     forget  = "forget.jsonl"               retain  = "retain.jsonl"
     test    = "test.jsonl"                 validation = "validation.jsonl"
 
-Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, out, require, with and gate follows from the task's modality
-(`Modality.options`). Paths are relative to the recipe and may not leave its folder.
+Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, minutes, out, require, with and gate follows from the task's
+modality (`Modality.options`). Paths are relative to the recipe and may not leave its folder.
 """
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -47,6 +48,7 @@ class Recipe:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     gate: dict[str, str] = field(default_factory=dict)
     require: str = ""
+    minutes: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,6 +114,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
     verdict = plan.forget(
         opened.model, opened.task, opened.split, references=opened.references, methods=recipe.methods, settings=_placed(recipe.settings, near),
         rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress, require=recipe.require,
+        minutes=recipe.minutes or math.inf,
     )  # fmt: skip
     document = verdict.save(out, f"Forget {opened.split.asked}")
     if (released := opened.release(verdict, out / "released")) is not None:

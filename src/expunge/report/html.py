@@ -30,7 +30,7 @@ PARTS = {
     "test": "for testing, never trained on",
     "validation": "for tuning, never trained on",
     "anchor": "that show what to answer instead",
-    "general": "that the model knows besides, read by the audit alone",
+    "general": "that the model knows besides, given to no method",
 }
 
 LIMITS = (

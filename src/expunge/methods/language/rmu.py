@@ -7,7 +7,8 @@ Scope    output projections of the feed-forward networks of blocks l - span + 1 
          Forget  mean over sequences of the mean over tokens and features of (h_l - c u)^2, u = r / ||r||, r ~ Uniform[0, 1)^D.
 Retain   the same with the start model's h_l in place of c u.   Update  AdamW on paired batches, both passes ending at l.   Leaves  Replace or LowRank.
 Settings
-    layer   number l of the block that is read, from 0; -1: at 7/32 of the depth, which is 7 of 32
+    layer   number l of the block that is read, from 0; -1: at 7/32 of the depth, which is 7 of 32; of fewer than 32 blocks at a third, since below
+            that there is hardly a block to move
     span    blocks whose weights move
     c       length of the target; 0: kappa times the mean norm of h_l on forget (first tokens left out)
     kappa   see c; must be above 1 to push anything out of its place
@@ -138,7 +139,7 @@ def rmu(
 ) -> Patch:  # fmt: skip
     """See the module's docstring."""
     depth = len(blocks(model))
-    at = 7 * depth // 32 if layer == -1 else layer
+    at = (7 * depth // 32 if depth >= 32 else depth // 3) if layer == -1 else layer
     if not 0 <= at < depth or span < 1:
         raise SettingError(f"layer must be -1 or in 0..{depth - 1}, and span 1 or larger; found {layer} and {span}")
     if tokens not in TOKENS:

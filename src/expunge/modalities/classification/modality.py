@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from expunge.core.modality import Modality, later, modality
+from expunge.core.modality import Modality, Search, later, modality
 from expunge.modalities.files.options import OPTIONS
 
 HERE, RECORDS, REQUESTS = "expunge.modalities.classification", "expunge.modalities.records", "expunge.modalities.files.requests"
@@ -23,6 +23,7 @@ CLASSIFICATION = modality(
         kept=later(f"{RECORDS}:kept"),
         level=later(f"{RECORDS}:level"),
         validation=later(f"{RECORDS}:validation"),
+        search=Search(screened=True),
         rules=later(f"{HERE}.rules:rules"),
         options=OPTIONS,
         open=partial(later(f"{REQUESTS}:read"), task="classification"),

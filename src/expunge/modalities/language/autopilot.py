@@ -10,8 +10,8 @@ from torch import nn
 from expunge.core.types import Split, Task, spread
 from expunge.parts.reading import Scores, score
 
-SCALES = (1.0, 0.3)
-"""Multiples of the step size that suits the model's width (`pace`) that are tried."""
+FACTOR, TRIED = 2.0, 5
+"""Between two step sizes that stand side by side in the search, and how many are tried at most; the first suits the model's width (`pace`)."""
 
 RECIPE = {"batch_size": 8, "accumulate": 1, "retain_size": 32, "retain": "ce"}
 """How the autopilot runs language methods, whatever their papers say: four kept texts for each forgotten one, and never without them."""
@@ -19,8 +19,20 @@ RECIPE = {"batch_size": 8, "accumulate": 1, "retain_size": 32, "retain": "ce"}
 LEAST_EPOCHS = 10.0
 """Passes over forget that it allows at least; validation ends them earlier."""
 
+LONGER = 3.0
+"""Times as many for a front-runner, whose kept texts come back meanwhile."""
+
+SETTLE = 0.5
+"""See `longer`: of steps after which nothing else is forgotten, what the next training on kept texts brings back is back, so that validation sees it."""
+
+LORA = 3.0
+"""The step size of LoRA in that of full weights."""
+
 MOST = 64
 """Most retain records that a validation score reads."""
+
+ALLOWED, STEEP = 0.04, 10.0
+"""See `price`."""
 
 READ = 32
 """Most records on which `kept` reads what a run left."""
@@ -42,9 +54,14 @@ def recipe(settings: Mapping[str, Any], split: Split) -> dict[str, Any]:
     return {**changes, "epochs": max(settings["epochs"], LEAST_EPOCHS)} if "epochs" in settings else changes
 
 
+def longer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is changed for a front-runner: LONGER times the epochs, and then SETTLE times as many steps in which what must stay is trained alone."""
+    return {"epochs": LONGER * settings["epochs"], "settle": SETTLE} if tuned(settings) and {"epochs", "settle"} <= settings.keys() else {}
+
+
 def stride(settings: Mapping[str, Any], task: Task, model: nn.Module) -> float:
-    """The step size that suits the model's width, ten times as large for LoRA."""
-    return pace(model)["lr"] * (10.0 if settings.get("lora") else 1.0)
+    """The step size that suits the model's width, LORA times as large for LoRA: a search that goes both ways starts from it."""
+    return pace(model)["lr"] * (LORA if settings.get("lora") else 1.0)
 
 
 def kept(model: nn.Module, task: Task, split: Split) -> float | None:
@@ -57,24 +74,37 @@ def kept(model: nn.Module, task: Task, split: Split) -> float | None:
 
 
 def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module], float] | None:
-    """A score for tuning and stopping, larger is better, 0 at best: reads forget, validation and retain, never test; None without validation.
+    """A score for tuning and stopping, larger is better, 0 at best: reads forget, validation, retain and general, never test; None without validation. The
+    general records that an audit reads must not be among these (`general.parts`).
 
-    -(|mean loss of validation - mean loss of forget|, as a share of what it was), since the AUC of texts known by heart stays 1 nearly to the end; minus twice
-    the share lost of the probability per token on MOST records of retain, or on validation where there is no retain.
+    -(|mean loss of validation - mean loss of forget|, as a share of what it was), since the AUC of texts known by heart stays 1 nearly to the end; minus
+    `price` of the share lost of the probability per token on MOST records of retain (of validation where there is no retain), and the same of general.
     """
     if split.validation is None:
         return None
-    some = None if split.retain is None else split.retain.take(spread(len(split.retain), MOST))
-    start, known = score(model, task, split.validation), some and score(model, task, some)
+    kept = [part.take(spread(len(part), MOST)) for part in (split.retain, split.general) if part is not None]
+    start, known = score(model, task, split.validation), [utility(score(model, task, part)) for part in kept]
     apart = abs(float(start.nll.mean() - score(model, task, split.forget).nll.mean()))
-
-    def utility(s: Scores) -> float:
-        return float((-s.nll).exp().mean())
 
     def validate(now: nn.Module) -> float:
         forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
         remains = abs(float(unseen.nll.mean() - forget.nll.mean())) / max(apart, 1e-12)
-        before, after = (start, unseen) if some is None else (known, score(now, task, some))
-        return -remains - 2 * max(0.0, 1 - utility(after) / max(utility(before), 1e-12))
+        after = [utility(score(now, task, part)) for part in kept]
+        both = list(zip(known, after, strict=True)) if split.retain is not None else [(utility(start), utility(unseen)), *zip(known, after, strict=True)]
+        return -remains - sum(price(1 - b / max(a, 1e-12)) for a, b in both)
 
     return validate
+
+
+def utility(s: Scores) -> float:
+    """Probability per token."""
+    return float((-s.nll).exp().mean())
+
+
+def price(lost: float) -> float:
+    """What a share lost of what must stay costs: twice the share, and STEEP times what is beyond ALLOWED, which no gate lets pass.
+
+    >>> price(-0.1), round(price(0.02), 3), round(price(0.08), 3)
+    (0.0, 0.04, 0.56)
+    """
+    return 2 * max(0.0, lost) + STEEP * max(0.0, lost - ALLOWED)

@@ -52,6 +52,8 @@ class Tuning:
     schedule       of the step size: constant, linear, cosine or onecycle
     warmup         share of the steps over which lr rises from 0
     clip           largest gradient norm
+    settle         share of as many steps again, after the last, in which retain alone is trained by ce: what comes back of itself does so here, and a guard's
+                   validation scores these states alone
     checkpointing  recompute activations in the backward pass: less memory, more time
     """
 
@@ -72,6 +74,7 @@ class Tuning:
     schedule: str = "constant"
     warmup: float = 0.1
     clip: float = 1.0
+    settle: float = 0.0
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -94,13 +97,16 @@ Loss = Callable[[Batch], Tensor] | Scored
 JOINED = 1024
 """Tokens, padding included, up to which the parts of a step share a forward pass: it fills the processor, and holds little."""
 
+HELD = 1 << 29
+"""Most bytes of float32 logits of one part of a step of retain data: a larger batch is run slice by slice, to the same gradient."""
+
 
 class Steps(Sequence):
     """Steps of `tune`: [k] is a list of parts {kind: batch} with their share of the step, each batch with `tokens`, the target tokens per part of its kind in
-    the step. Batches of the kinds in `joint` stand in one part when they are small."""
+    the step. Batches of the kinds in `joint` stand in one part when they are small; those of retain of more than `most` tokens, padding included, in slices."""
 
-    def __init__(self, streams: Mapping[str, Sequence], accumulate: int, joint: Sequence[str] = ()) -> None:
-        self.streams, self.accumulate, self.joint = streams, accumulate, joint
+    def __init__(self, streams: Mapping[str, Sequence], accumulate: int, joint: Sequence[str] = (), most: int = 0) -> None:
+        self.streams, self.accumulate, self.joint, self.most = streams, accumulate, joint, most
         self.longest = max(len(s) for s in streams.values())
         self.steps = -(-self.longest // accumulate)
 
@@ -114,13 +120,52 @@ class Steps(Sequence):
         for kind, stream in self.streams.items():
             found = [stream[j % len(stream)] for j in range(k * self.accumulate, min((k + 1) * self.accumulate, self.longest))]
             tokens = sum(int((b["y"] != IGNORE).sum()) for b in found) / len(found)
-            parts += [({kind: {**b, "tokens": tokens}}, 1 / len(found)) for b in found]
+            whole = [({**b, "tokens": tokens}, 1 / len(found)) for b in found]
+            parts += [({kind: b}, share) for part, n in whole for b, share in (sliced(part, n, self.most) if kind == "retain" and self.most else [(part, n)])]
         both = [p for p in parts if next(iter(p[0])) in self.joint]
         if not both or sum(len(b["x"]) for p, _ in both for b in p.values()) * max(b["x"].shape[1] for p, _ in both for b in p.values()) > JOINED:
             return parts
         rest = [p for p in parts if next(iter(p[0])) not in self.joint]
         n = len(both) // len(self.joint)
         return [({kind: batch for p, _ in both[j::n] for kind, batch in p.items()}, 1 / n) for j in range(n)] + rest
+
+
+def sliced(batch: Batch, share: float, most: int) -> list[tuple[Batch, float]]:
+    """The batch in slices of at most `most` tokens, padding included, one text at least, each with its share of the step: for a loss that is a mean over texts,
+    and for one over the step's tokens, the shares add up to what the whole batch gives."""
+    n, width = batch["x"].shape
+    size = max(1, most // width)
+    if size >= n:
+        return [(batch, share)]
+    keys, cuts = ("x", "y", "n", "i"), range(0, n, size)
+    weights = [min(size, n - k) / n for k in cuts]
+    return [
+        ({**batch, **{key: batch[key][k : k + size] for key in keys}, "tokens": batch["tokens"] * w}, share * w) for k, w in zip(cuts, weights, strict=True)
+    ]
+
+
+class Settled(Sequence):
+    """Steps, and then as many more of `tail`, each one part {"settle": batch} or slices of it."""
+
+    def __init__(self, steps: Steps, tail: Sequence) -> None:
+        self.steps, self.tail = steps, tail
+
+    def __len__(self) -> int:
+        return len(self.steps) + len(self.tail)
+
+    def __getitem__(self, k):
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        if k < len(self.steps):
+            return self.steps[k]
+        batch = self.tail[k - len(self.steps)]
+        whole = {**batch, "tokens": float((batch["y"] != IGNORE).sum())}
+        return [({"settle": b}, share) for b, share in sliced(whole, 1.0, self.steps.most or len(batch["x"]) * batch["x"].shape[1])]
+
+
+def settling(split: Split, tuning: Tuning, steps: int) -> int:
+    """Steps on retain alone after so many; none without retain data."""
+    return round(tuning.settle * steps) if split.retain is not None else 0
 
 
 @contextlib.contextmanager
@@ -269,11 +314,26 @@ def tune(
         values = {kind: loss.of(outs[kind], b) if isinstance(loss := losses[kind], Scored) else loss(b) for kind, b in batches.items()}
         return share * torch.stack([weights.get(kind, 1.0) * value for kind, value in values.items()]).sum()
 
-    steps = Steps(streams, tuning.accumulate, scored if len(scored) > 1 else ())
+    vocabulary = int(getattr(model.config, "vocab_size", 0) or 1)  # pyright: ignore
+    steps = Steps(streams, tuning.accumulate, scored if len(scored) > 1 else (), max(JOINED, HELD // (4 * vocabulary)))
+    extra = settling(split, tuning, len(steps))
+    if extra:
+        size = tuning.retain_size or tuning.batch_size
+        tail = task.batches(split.retain, size, epochs=extra / -(-len(split.retain) // size), seed=seed + 2)
+        losses["settle"] = lambda batch: pooled((out := task.forward(model, batch)).nll, out, batch)
+        steps = Settled(steps, tail)
     with session or opened(model, tuning, scope) as e:
+        waits, own = bool(extra) and e.judged, after
+        e.judged = e.judged and not waits
+
+        def judged(step: int) -> None:
+            e.judged = e.judged or (waits and step + 1 > len(steps) - extra)
+            if own:
+                own(step)
+
         descend(
             e, of, steps, lr=tuning.lr, optimizer=tuning.optimizer, weight_decay=tuning.weight_decay, clip=tuning.clip,
-            schedule=tuning.schedule, warmup=tuning.warmup, after=after, until=until and (lambda step: until(e, step)),
+            schedule=tuning.schedule, warmup=tuning.warmup, after=judged if waits else after, until=until and (lambda step: until(e, step)),
         )  # fmt: skip
     return e.patch
 
@@ -290,7 +350,9 @@ def cost(*, forward: float = 1.0, backward: float = 1.0, once: float = 0.0, refe
         f = drawn(n["forget"], s["batch_size"], steps)
         r = drawn(n["retain"], s["retain_size"] or s["batch_size"], steps) if "retain" in n and s["retain"] != "none" and s["alpha"] else 0
         teacher = 0.0 if s["retain"] != "kl" or not reference else r if s["lora"] else min(r, n["retain"])
-        return forward * f + r + teacher + once * n["forget"], backward * f + r
+        extra = round(s["settle"] * -(-steps // s["accumulate"])) if "retain" in n else 0
+        tail = drawn(n["retain"], s["retain_size"] or s["batch_size"], extra) if extra else 0
+        return forward * f + r + teacher + once * n["forget"] + tail, backward * f + r + tail
 
     return of
 
