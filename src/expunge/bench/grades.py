@@ -145,7 +145,7 @@ def reached(cells: Sequence[Mapping[str, Any]], grade: str) -> tuple[float, floa
     """Share of the cells with at least that grade, with one-sided 95 % bounds.
 
     >>> [round(v, 3) for v in reached([{"grade": "verified"}, {"grade": "refuted"}], "supported")]
-    [0.5, 0.123, 0.877]
+    [0.5, 0.121, 0.879]
     """
     return wilson(sum(GRADES.index(c["grade"]) >= GRADES.index(grade) for c in cells), len(cells))
 
