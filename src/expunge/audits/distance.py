@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from expunge.audits.core import Probe, Row
 from expunge.audits.known import few
 from expunge.audits.membership.losses import svc, svc_features
-from expunge.audits.unseen import same_form
+from expunge.audits.unseen import read, same_form
 from expunge.audits.utility import jensen_shannon
 from expunge.core.registry import check
 from expunge.core.stats import Z, bootstrap, bootstrap_mean
-from expunge.parts.reading import score
 
 CLIP = 50.0
 PARTS = ("forget", "retain", "test")
@@ -158,7 +157,7 @@ def nearness(p: Probe) -> list[Row]:
     u, small = same_form(p), few(p.split.forget)
     floor = None
     if u is not None and (small or len(references) == 1):
-        floor = apart(p, lambda m: p.once(("unseen scores",), m, lambda: score(m, p.task, u.data)).margin)
+        floor = apart(p, lambda m: read(p, u, m).margin)
     return [closed("gap_closed.margin", after, before, references, p.seed, "margins on forget", floor, small)]
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.audits import unseen
 from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
-from expunge.audits.unseen import same_form
 from expunge.core.registry import check
 from expunge.core.stats import Z
-from expunge.parts.reading import score
 
 FEW, FEW_LABELS = 10, 30
 """Requests of fewer texts, or of fewer records with a label, have intervals from the spread of unseen ones; texts are then read by whole answers."""
@@ -49,12 +48,12 @@ def known(p: Probe) -> list[Row]:
 
 
 def _few(p: Probe, row: Row) -> Row:
-    u = same_form(p)
+    u = unseen.same_form(p)
     if u is None or len(u.data) < 2:
         return replace(row, low=-math.inf, high=math.inf, note=f"{row.note}; no unseen records of the same form to tell its spread by")
 
     def read(model: nn.Module) -> Tensor:
-        return probability(p.once(("unseen scores",), model, lambda: score(model, p.task, u.data)).nll, u.data, True)
+        return probability(unseen.read(p, u, model).nll, u.data, True)
 
     apart = read(p.after) - torch.stack([read(m) for m in p.references]).mean(0)
     half = Z * float(apart.square().mean().sqrt()) / row.n**0.5

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row
 from expunge.core.registry import check
 from expunge.core.stats import Z
 from expunge.core.types import spread
 from expunge.modalities.language.texts import GENERAL
-from expunge.parts.reading import score
+from expunge.parts.reading import Scores, score
 
 NEAREST = 5
 """Kept records that are asked what label a record would have."""
@@ -89,6 +89,11 @@ def _unseen(p: Probe) -> Unseen | None:
     return Unseen(replace(test.take(torch.cat(there)), y=labels), form, torch.where(some[mine], mine, -1))
 
 
+def read(p: Probe, u: Unseen, model: nn.Module) -> Scores:
+    """Scores of a model on these records, once per audit."""
+    return p.once(("unseen scores",), model, lambda: score(model, p.task, u.data))
+
+
 def clusters(data: Any) -> Tensor:
     """(N,) number of the unit of each record: those that share a `cluster` are one.
 
@@ -147,7 +152,7 @@ def unseen(p: Probe) -> list[Row]:
     u = same_form(p)
     if u is None:
         return []
-    mine, theirs = p.scores("after", "forget").nll, p.once(("unseen scores",), p.after, lambda: score(p.after, p.task, u.data)).nll
+    mine, theirs = p.scores("after", "forget").nll, read(p, u, p.after).nll
     other = [getattr(data, "reworded", None) for data in (p.split.forget, u.data)]
     if all(data is not None for data in other):
         more = p.once(("reworded",), p.after, lambda: [score(p.after, p.task, data).nll for data in other])
@@ -168,5 +173,5 @@ def compared(p: Probe, u: Unseen, name: str, mine: Tensor, theirs: Tensor) -> li
     note = f"{n} units against {int(right.max()) + 1} unseen of the same form{f'; {lost} have no unseen record of their form' if lost else ''}"
     return [
         Row(f"{name}.auc", value, max(0.0, value - half), min(1.0, value + half), n, note),
-        Row(f"{name}.p", chance, chance, chance, n, f"{note}; one-sided, exact"),
+        Row(f"{name}.p", chance, chance, chance, n, f"{note}; one-sided, {DRAWS:,} exchanges"),
     ]

@@ -9,7 +9,6 @@ trick undone where it can be. A cheat passes the gate with at least HALF of the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from expunge.audits.attacks.repair import HALF, LIMITS
 from expunge.audits.core import Probe, Row, audit, bounds
 from expunge.audits.verdict import checks_for, default_rules, selftest
 from expunge.bench import sabotage, sabotage_texts
+from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import Family
 from expunge.core.stats import wilson
 from expunge.engine.run import Attempt
@@ -214,9 +214,7 @@ def bench(
     """
     w, cache = world(name), cache or cache_folder()
     path = Path(out) / f"{name}-adaptive.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {_key(c): c for c in lines if c["digest"] == w.digest}
+    done = begun(path, _key, lambda c: c["digest"] == w.digest)
     families = FAMILIES[w.task.name]
     for scenario in scenarios or w.scenarios:
         original, split = w.original(0, cache), w.split(scenario)
@@ -234,8 +232,7 @@ def bench(
                         continue
                     cell = strict({**cell, **run()})
                     done[_key(cell)] = cell
-                    with path.open("a") as f:
-                        f.write(json.dumps(cell) + "\n")
+                    add(path, cell)
     cells = list(done.values())
     (path.parent / f"{name}-adaptive.md").write_text(markdown(cells))
     return cells

@@ -8,7 +8,6 @@ saw any of it.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from expunge.audits.core import Probe
 from expunge.audits.grade import GRADES
 from expunge.audits.verdict import Trial, default_rules, selftest
 from expunge.bench import adaptive
+from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import SABOTAGE
 from expunge.core.stats import wilson
 from expunge.core.types import Split
@@ -94,9 +94,7 @@ def bench(
     """
     w, cache = world(name), cache or cache_folder()
     path = Path(out) / f"{name}-grades.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {_key(c): c for c in lines if c["digest"] == w.digest}
+    done = begun(path, _key, lambda c: c["digest"] == w.digest)
     most = max(counts)
     for scenario in scenarios or w.scenarios:
         told = tuple(w.retrained(scenario, k, cache) for k in range(most))
@@ -123,8 +121,7 @@ def bench(
                 given: Any = one.grade
                 cell = {**head, "grade": given.grade, "why": list(given.why)[:4], "quick": quick, "seconds": time.process_time() - start}
                 done[_key(cell)] = cell
-                with path.open("a") as f:
-                    f.write(json.dumps(cell) + "\n")
+                add(path, cell)
     cells = list(done.values())
     (path.parent / f"{name}-grades.md").write_text(markdown(cells))
     return cells

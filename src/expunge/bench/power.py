@@ -7,7 +7,6 @@ audit may look at reads well while what was learnt is still there. Approximate m
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe, Row, audit, gate
 from expunge.audits.verdict import UTILITY, default_rules, selftest
+from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import SABOTAGE, masked
 from expunge.core.registry import CHECKS
 from expunge.core.stats import Z, auc, wilson
@@ -64,9 +64,7 @@ def bench(name: str, scenarios: Sequence[str] = (), out: Path | str = "bench-out
     """Audit the population of each scenario; cells in OUT/NAME-power.jsonl are not run again. Writes OUT/NAME-power.md."""
     w, cache = world(name), cache or cache_folder()
     path = Path(out) / f"{name}-power.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(c["scenario"], c["kind"], c["seed"]): c for c in lines if c["digest"] == w.digest}
+    done = begun(path, lambda c: (c["scenario"], c["kind"], c["seed"]), lambda c: c["digest"] == w.digest)
     for scenario in scenarios or w.scenarios:
         refs, store, trials = tuple(w.retrained(scenario, k, cache) for k in range(REFERENCES)), {}, {}
         for number, (truth, kind, seed, original, model) in enumerate(population(w, scenario, cache)):
@@ -95,8 +93,7 @@ def bench(name: str, scenarios: Sequence[str] = (), out: Path | str = "bench-out
                 "rules": usable,
             }
             done[scenario, kind, seed] = cell
-            with path.open("a") as f:
-                f.write(json.dumps(cell) + "\n")
+            add(path, cell)
     cells = list(done.values())
     (path.parent / f"{name}-power.md").write_text(markdown(cells))
     return cells

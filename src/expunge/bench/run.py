@@ -7,7 +7,6 @@ file already are not run again, so a long benchmark can be stopped and goes on.
 from __future__ import annotations
 
 import functools
-import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from expunge.audits.core import Probe, audit
+from expunge.bench.cells import add, begun
 from expunge.bench.table import NOTHING, markdown
 from expunge.core.errors import SettingError
 from expunge.core.modality import of
@@ -112,10 +112,8 @@ def bench(
     asked = [m for name in named for m in (METHODS if name == "all" else [name]) if METHODS[resolve(m)[0]]]
     chosen = list(dict.fromkeys([NOTHING, "fine_tune", "reset_last", "retrain", *asked]))
     path = Path(out) / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     key = f"{w.digest}/{references}/{slow}"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(c["scenario"], c["method"], c["seed"]): c for c in lines if c["world_key"] == key and c["settings"] == settings(w, c["method"])}
+    done = begun(path, lambda c: (c["scenario"], c["method"], c["seed"]), lambda c: c["world_key"] == key and c["settings"] == settings(w, c["method"]))
     todo = [c for c in cells(w, chosen, scenarios, range(seeds) if isinstance(seeds, int) else seeds) if c not in done]
     originals = functools.cache(lambda seed: w.original(seed, cache))
     retrained = functools.cache(lambda scenario, k: w.retrained(scenario, k, cache))
@@ -130,8 +128,7 @@ def bench(
             **run_cell(w, scenario, method, seed, originals(seed), refs, scores[scenario], slow, further),
         }
         done[scenario, method, seed] = cell
-        with path.open("a") as f:
-            f.write(json.dumps(cell, allow_nan=True) + "\n")
+        add(path, cell)
     result = list(done.values())
     (path.parent / f"{name}.md").write_text(markdown(result))
     return result

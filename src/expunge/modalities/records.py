@@ -68,9 +68,8 @@ def kept(model: nn.Module, task: Task, split: Split) -> float | None:
             continue
         s = score(model, task, data.take(stays[spread(len(stays), MOST)]))
         if s.labels is not None:
-            chance = float(s.labels.bincount().max()) / len(s.labels)
-            right = float(s.correct.float().mean())
-            return None if chance == 1 else (right - chance) / (1 - chance)
+            found = correct(s.correct, s.labels)
+            return None if found.chance == 1 else found.above
         if s.target is None:
             return None
         spread_out = float((s.target - s.target.mean(0)).square().sum())

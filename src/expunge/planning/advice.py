@@ -15,7 +15,7 @@ from expunge.planning.outcome import Try
 SHOWN = 3
 """Tries that are told in full."""
 
-STATES = ("broken", "missing", "unusable", "thin")
+STATES = ("broken", "missing", "unusable", "thin", "near")
 """States of a rule that stop a try, the most telling first."""
 
 HARM, REMAINS = "utility", ("output", "return", "closeness")
@@ -100,7 +100,7 @@ def _causes(t: Try) -> list[str]:
         if f.state == "broken":
             found.append("harm" if f.family == HARM else "suppressed" if f.family == "return" else "remains")
         else:
-            found.append("thin" if f.state == "thin" else "unusable")
+            found.append("thin" if f.state in ("thin", "near") else "unusable")
     if not found and t.grade is not None and t.grade.grade == "supported":
         found.append("compared")
     return list(dict.fromkeys(found))

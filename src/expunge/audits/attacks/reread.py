@@ -20,7 +20,7 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.known import few, probability
 from expunge.audits.membership.losses import targets
-from expunge.audits.unseen import Unseen, compared, neighbours, same_form
+from expunge.audits.unseen import Unseen, better, compared, neighbours, same_form
 from expunge.core.stats import Z, matched
 from expunge.core.types import concat, spread
 from expunge.parts.reading import Scores, score
@@ -93,9 +93,7 @@ class Reading:
             return s.correct[: self.n].double()
         if self.plain:
             return self.told(s)[: self.n]
-        losses = s.nll[self.n :].sort().values
-        below, above = (torch.searchsorted(losses, s.nll[: self.n], right=side) for side in (False, True))
-        return 1 - (below + above).double() / (2 * max(1, len(losses)))
+        return better(s.nll[: self.n], s.nll[self.n :])
 
     def absent(self, s: Scores) -> float:
         """What scores of the repaired candidate itself say a model knows that never saw the records; for audits without retrained models."""
