@@ -342,6 +342,8 @@ def test_a_refusal_names_the_rule_the_margin_and_what_may_help():
     assert "push harder" in advice.explained(remains)[2]
     unusable = [stopped("npo", -0.5, ("klom", "<= 1", 0.9, "unusable"))]
     assert "references" in advice.explained(unusable)[1]
+    near = [stopped("npo", -0.5, ("drop.general", "<= 0.05", 0.04, "near"))]
+    assert "drop.general <= 0.05: 0.04 (near)" in advice.explained(near)[0] and "more records" in advice.explained(near)[1]
 
 
 @pytest.mark.parametrize(
