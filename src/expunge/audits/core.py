@@ -46,6 +46,7 @@ class Probe:
     pool   shadow models (`audits.pool.Pool`) that calibrate per-example attacks, or None
     spread       retrained models that set floors, where a held-out one is read against fewer references; empty: the references
     forgotten    the same shadows after the audited method made them forget (`audits.pool.forgotten`), or None
+    plants       planted controls of the candidate (`audits.plants.Plants`), or None
     cost   the attempt's meter and seconds, and `retrain` passes to compare with: keys forward, backward, seconds, retrain_passes
     """
 
@@ -60,6 +61,7 @@ class Probe:
     pool: Any = None
     forgotten: Any = None
     spread: tuple[nn.Module, ...] = ()
+    plants: Any = None
 
     def model(self, which: str) -> nn.Module:
         """`before`, `after` or `reference0`, `reference1`, ..."""

@@ -26,8 +26,8 @@ GRADES = ("refuted", "inconclusive", "supported", "verified")
 
 FAMILIES = ("output", "closeness", "return", "utility")
 
-CLOSENESS = ("klom", "gap_closed.kl", "gap_closed.margin", "kl", "js", "tofu.", "oracle_gap.closed", "oracle_gap.recognised")
-RETURN = ("gap_closed.relearning", "relearn", "restore.", "repair.")
+CLOSENESS = ("klom", "gap_closed.kl", "gap_closed.margin", "kl", "js", "tofu.", "oracle_gap.closed", "oracle_gap.recognised", "plants.margin")
+RETURN = ("gap_closed.relearning", "relearn", "restore.", "repair.", "plants.relearn", "plants.repair")
 """Prefixes of rows by family; UTILITY are those of what must stay, and every other row is output."""
 
 STATES = ("broken", "thin", "near", "missing", "unusable", "holds")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, Require, bar, key, needs, show
+from expunge.cli.shown import Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show
 
 Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
 Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
@@ -24,7 +24,7 @@ def audit(
     after: Annotated[str, typer.Option(help="Or: weights (texts, pipelines: folder) after.")] = "",
     task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
-    out: str = "", require: Require = "", key_file: Key = "",
+    out: str = "", require: Require = "", key_file: Key = "", twins: Twins = 0, workers: Workers = 1,
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
     training: Training = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
@@ -44,7 +44,7 @@ def audit(
     from expunge.planning import outcome
 
     if check:
-        if forget or reference or shadows or unlearn_shadows or out:
+        if forget or reference or shadows or unlearn_shadows or out or twins:
             raise SettingError("--check reads a report back and audits nothing: name --patch, --model (with --weights) or --after to hold them to it")
         return _check(check, model, patch, after, options, key(key_file), as_json)
     needs(model, "--model")
@@ -63,7 +63,7 @@ def audit(
         attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
         verdict = outcome.audited(
             opened.model, opened.after, opened.task, opened.split, references=opened.references, seed=seed, attempt=attempt, slow=not quick, pool=pool,
-            forgotten=forgotten, require=require,
+            forgotten=forgotten, require=require, twins=twins, workers=workers, folder=Path(out) / "plants" if out else None, progress=progress,
         )  # fmt: skip
     title = f"Audit of {Path(patch or after).name}"
     show(verdict.save(out, title, key(key_file)) if out else verdict.document(title), as_json)

@@ -33,13 +33,14 @@ def bench(
     world: str = "digits",
     methods: Annotated[str, typer.Option(help="Names joined by commas; all, and labels of variants beside it: all,esd+retain.")] = "all",
     seeds: Annotated[str, typer.Option(help="How many, or which: 1..2.")] = "3",
-    scenarios: Annotated[str, typer.Option(help="Names joined by commas; all of the world's without it.")] = "",
+    scenarios: Annotated[str, typer.Option(help="Names joined by commas, for --plants sizes of requests; all of the world's without it.")] = "",
     references: Annotated[int, typer.Option(help="Retrained models that each cell is read against; -1: 3, and none for drawings.")] = -1,
     out: str = "bench-out",
     audit_power: Annotated[bool, typer.Option("--audit-power", help="Audit the audit: a population of models of known truth.")] = False,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="With --audit-power: tricks of one strength, searched for what passes the gate.")] = False,
     grades: Annotated[bool, typer.Option("--grades", help="With --audit-power: the grade of each model, with three, one and no retrained model.")] = False,
     sizes: Annotated[str, typer.Option(help="With --grades: requests of so few records instead, as 1,3,5.")] = "",
+    plants: Annotated[bool, typer.Option("--plants", help="Planted controls of methods against the truth, on digits-wrong and authors.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on a world (digits, cifar10, tofu-tiny, shapes, ...); writes OUT/WORLD.jsonl and OUT/WORLD.md, and goes on where it was stopped."""
@@ -56,8 +57,20 @@ def bench(
         raise SettingError("--grades says what the audit says of models of known truth: give --audit-power with it")
     if sizes and not (grades and all(s.isdigit() and int(s) for s in sizes.split(","))):
         raise SettingError(f"--sizes are numbers of records, as 1,3,5, and go with --grades; not '{sizes}'")
+    if plants and audit_power:
+        raise SettingError("--plants and --audit-power are two benchmarks: name one")
     with bar(as_json) as progress:
-        if audit_power and grades:
+        if plants:
+            from expunge.bench import plants as planted
+            from expunge.bench.run import seed_numbers
+
+            if not all(n.isdigit() for n in chosen):
+                raise SettingError(f"--scenarios of --plants are sizes of requests, such as 5,50, not '{scenarios}'")
+            asked = [int(n) for n in chosen]
+            named = () if methods == "all" else tuple(methods.split(","))
+            cells = planted.bench(world, out, draws=seed_numbers(seeds), sizes=asked, methods=named, progress=progress)
+            text = planted.markdown(cells)
+        elif audit_power and grades:
             from expunge.bench import grades as graded
 
             count = {} if references < 0 else {"counts": tuple(dict.fromkeys((references, 0)))}

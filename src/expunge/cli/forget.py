@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, Require, bar, key, show
+from expunge.cli.shown import Json, Key, Quick, Require, Twins, Workers, bar, key, show
 
 
 def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
@@ -43,7 +43,7 @@ def forget(
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     preset: Annotated[str, typer.Option(help="paper: the method's settings as published, under those named as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
-    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "",
+    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "", twins: Twins = 0, workers: Workers = 1,
     keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, to OUT/candidate.")] = False,
     minutes: Annotated[float, typer.Option(help="Wall time after which no run begins; 0 is no limit.")] = 0.0,
     key_file: Key = "", quick: Quick = False, as_json: Json = False,
@@ -64,7 +64,7 @@ def forget(
         verdict = planner.forget(
             opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
             folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
-            progress=progress, require=require, minutes=minutes or math.inf,
+            progress=progress, require=require, twins=twins, workers=workers, minutes=minutes or math.inf,
         )  # fmt: skip
     document = verdict.save(out, f"Forget {opened.split.asked or what}", key(key_file))
     if folder := opened.release(verdict, Path(out) / "released"):

@@ -10,7 +10,7 @@ from expunge.cli.options import TASK, asked, tasks, with_options
 from expunge.cli.shown import Json, bar, wrote
 
 
-@with_options(leave=("form", "judge", "drawings", "concept"))
+@with_options(leave=("form", "plants", "judge", "drawings", "concept"))
 def retrain(
     model: Annotated[str, typer.Option(help="The model that is to forget: py:module:factory, or a folder.")],
     training: Annotated[str, typer.Option(help='How it was trained: "epochs=30 batch_size=50 lr=0.05".')], options: dict[str, Any],

@@ -13,6 +13,12 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
 Require = Annotated[str, typer.Option(help="The grade that passes (exit code 0): supported, verified, or the highest that the kind of model can reach.")]
+TWINS = (
+    "Evidence without references, for requests of records: unseen records (--plants) are taught to this many copies of the model (10, say), which the same "
+    "method makes forget them. Each costs a short training and a run of the method; the price is shown first."
+)
+Twins = Annotated[int, typer.Option(help=TWINS)]
+Workers = Annotated[int, typer.Option(help="Twins at a time, each in a process of its own.")]
 Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) patch and report.")]
 
 

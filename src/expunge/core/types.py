@@ -66,6 +66,7 @@ class Split:
     validation   never trained on and apart from test: all tuning and stopping reads this part only
     anchor       what to say instead (neutral concept, refusals, out-of-distribution inputs)
     general      what the model knows besides, read as utility by audits: no method looks at it, and the autopilot keeps apart what it may (`Search.parts`)
+    plants       records of the same kind as forget that the model never saw and no method is given: planted controls are made of them
     asked        the request in the words of the selector, as `class:3` or `ids:17,42`
     corrected    retain may hold inputs of forget under another target: records that were taught wrongly, with what is right
     """
@@ -76,6 +77,7 @@ class Split:
     validation: Data = None
     anchor: Data = None
     general: Data = None
+    plants: Data = None
     asked: str = ""
     corrected: bool = False
 

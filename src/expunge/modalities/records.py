@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,35 @@ from expunge.core.stats import auc
 from expunge.core.types import Split, Task, absent, spread
 from expunge.parts.reading import Scores, score
 
+PLANTS = {"plants.margin": ">= 0.5", "plants.known": "<= 0.1", "plants.relearn": ">= 0.5"}
+"""What planted controls of a request of records may read, beside what `planted` says (docs/planted-controls.md)."""
+ALIKE, REPAIRED = 20, 50
+"""Records from which on an interval can tell that they are like unseen ones (fewer are held to a test), and that what repairs bring back of them is little."""
+
 MOST, FEW = 128, 100
 """Most records that `kept` reads, and the fewest that say anything."""
+
+
+def planted(p: Any) -> dict[str, str]:
+    """Rules on planted controls, where they are at hand or still to come; none else. Of one or two records no repair can be read, and the AUC has room for the
+    ten plants of ten twins."""
+    if p.plants is None:
+        return {}
+    n = len(p.split.forget)
+    width = "0.25..0.75" if n >= ALIKE else "0.2..0.8" if n > 2 else "0.15..0.85"
+    alike = {"plants.unseen": width} if n >= ALIKE else {"plants.unseen.p": ">= 0.02"}
+    back = {"plants.repair": f"<= {0.5 if n >= REPAIRED else 0.85}"} if n > 2 else {}
+    return {"plants.auc": width, **PLANTS, **alike, **back}
+
+
+def few(p: Any) -> bool:
+    """Whether planted controls stand in for repairs of the candidate, which need more records than the request has."""
+    return p.plants is not None and len(p.split.forget) < REPAIRED
+
+
+def mislabelled(data: Any, classes: int, generator: torch.Generator) -> Any:
+    """The same inputs, each under one of the other classes, all as likely."""
+    return replace(data, y=(data.y + torch.randint(1, classes, (len(data),), generator=generator)) % classes)
 
 
 def removed(split: Split) -> list[int]:
@@ -87,7 +115,9 @@ FEWER = 30
 
 def mended(p: Any, fewer: int = FEWER) -> dict[str, str]:
     """The rule on repairs that train nothing: at most half is back, or, of fewer records that can be tested, they are no better known than unseen ones then."""
-    return {"repair.p": ">= 0.025"} if len(p.split.forget) < fewer and "test" in p.split.parts() and not p.removed() else {"repair.free": "<= 0.5"}
+    if len(p.split.forget) < fewer and "test" in p.split.parts() and not p.removed():
+        return {"repair.p": ">= 0.025"}
+    return {} if few(p) else {"repair.free": "<= 0.5"}
 
 
 def unnoticed(p: Any) -> dict[str, str]:

@@ -49,6 +49,8 @@ class World:
     """scenario -> split, for a world whose requests are given with its data."""
     given: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     """Label of a model -> what loads it, for models that are not trained here."""
+    plants: Any = None
+    """Records of the kind that is asked to be forgotten, which no model saw: for planted controls. Where there are none, they are taken from validation."""
     extra: Any = None
     """What every model is trained on besides, but no method is given: the general knowledge of a language world."""
 
@@ -95,7 +97,7 @@ class World:
         else:
             gone, asked = self.train.y == self.forget_class, f"class:{self.forget_class}"
         rows = torch.arange(n)
-        return Split(self.train.take(rows[gone]), self.train.take(rows[~gone]), self.test, self.validation, asked=asked)
+        return Split(self.train.take(rows[gone]), self.train.take(rows[~gone]), self.test, self.validation, plants=self.plants, asked=asked)
 
     def original(self, seed: int, cache: Path | None = None, progress=None) -> nn.Module:
         """The model trained on everything, from cache if it is there."""

@@ -18,6 +18,7 @@ from expunge.audits.core import Probe, Row, audit
 from expunge.audits.grade import FAMILIES, GRADES, Grade, family, found, grade
 from expunge.audits.grade import document as described
 from expunge.audits.named import Named, grouped, named
+from expunge.audits.plants import EXPECTED, Plants
 from expunge.audits.references import Refusal, believed
 from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
 from expunge.core.digest import model_digest
@@ -30,6 +31,7 @@ from expunge.engine.rounding import alike
 from expunge.engine.run import Attempt, preflight, unlearn
 from expunge.engine.sound import ALL, broken, unsound
 from expunge.planning.identity import identity
+from expunge.planning.plants import Progress, controls, recipe_of
 from expunge.report import html, seal, table
 from expunge.report import pictures as shown_by
 from expunge.report.front import front
@@ -70,6 +72,10 @@ class Try:
     score: float | None = None
     grade: Grade | None = None
     require: str = "verified"
+    trials: tuple[Trial, ...] = ()
+    """The rules that it was graded by, each with its self-test."""
+    plants: Plants | None = None
+    """Its planted controls, where they were made."""
 
     @property
     def passed(self) -> bool:
@@ -169,7 +175,7 @@ class Verdict:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
             "task": p.task.name, "parts": {n: len(part) for n, part in p.split.parts().items()}, "references": len(p.references),
             **assured(shown), "refused": [asdict(r) for r in self.refused],
-            "near": copies(p), "front": {
+            "near": copies(p), "plants": None if shown is None else controlled(shown.plants), "front": {
                 **front(seen, self.grade, () if shown is None else shown.rows, checks, self.refused),
                 "of": {} if shown is None else {"method": shown.attempt.method, "seed": shown.attempt.seed, "passed": shown.passed},
             },
@@ -218,6 +224,15 @@ class Verdict:
             "passed": t.passed, "grade": None if t.grade is None else t.grade.grade,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
+
+
+def controlled(e: Plants | None) -> dict[str, Any] | None:
+    """Planted controls in a document: how many of each, where the plants come from, how well each set was learnt, what they cost, and why they are void."""
+    if e is None:
+        return None
+    sizes = {"twins": e.twins, "plants": len(e.taught), "candidates": len(e.after.nll) - e.twins}
+    learnt = [{"passes": passes, "loss": loss, "goal": goal} for passes, loss, goal in e.planting]
+    return {**sizes, "kind": e.kind, "planting": learnt, "cost": dict(e.cost), "void": list(e.why)}
 
 
 COMPARED = 1 << 31
@@ -269,7 +284,7 @@ def reversible(model: nn.Module, attempt: Attempt) -> bool:
 def audited(
     before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
     seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
-    require: str = "",
+    require: str = "", twins: int = 0, workers: int = 1, folder: Path | str | None = None, progress: Progress | None = None,
 ) -> Verdict:  # fmt: skip
     """Audit one candidate: self-test of the rules, all rows, verdict, named checks.
 
@@ -279,6 +294,8 @@ def audited(
     pool       shadow models (`audits.pool.shadows`), without which per-example attacks are left out
     forgotten  the same after the method made them forget (`audits.pool.forgotten`), for U-LiRA
     slow       False leaves out checks and baselines that train, but for those the gate reads
+    twins      planted controls of so many twins (`planning.plants`): evidence without references. The attempt's method is run again, and must leave the same
+               patch; `workers` at a time, what they read kept in `folder`. They are made where nothing else refutes the candidate
     """
     if name := unsound(before):
         raise ModelError(f"the model before holds values that are not finite, first in {name}: nothing can be audited against it")
@@ -296,12 +313,20 @@ def audited(
     kept, refused = trusted(Probe(before, after, task, split, seed=seed), references)
     p = Probe(before, after, task, split, kept, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool, forgotten=forgotten)
     asked = families(task, rules)
-    rules = dict(rules or default_rules(p))
-    trials = tuple(selftest(p, rules))
-    lines = baselines(p, rules, slow=slow)
+    own, trials = rules, first(p, rules, twins)
     one = examined(p, attempt, after, trials, slow, require=require, refused=refused, families=asked)
+    if twins and attempt.outcome == "ok" and one.grade is not None and one.grade.grade != "refuted":
+        recipe, why = recipe_of(before, task, split, attempt)
+        e = Plants(why=(why,)) if recipe is None else controls(
+            before, after, task, split, recipe, twins=twins, seed=seed, workers=workers, folder=folder, seconds=attempt.meter.seconds, progress=progress,
+        )  # fmt: skip
+        one = regraded(p, own, one, after, e, slow, require=require, refused=refused, families=asked)
+    q = replace(p, plants=one.plants)
+    rules = {t.name: t.rule for t in one.trials}
+    lines = baselines(q, rules, slow=slow)
     reasons = list(one.reasons) if attempt.outcome == "ok" else [ended(attempt), *one.reasons]
-    return Verdict(one.passed, reasons, one if one.passed else None, (one,), rules, trials, p, lines, remarks(p, trials, refused), tuple(refused))
+    notes = remarks(q, one.trials, refused)
+    return Verdict(one.passed, reasons, one if one.passed else None, (one,), rules, one.trials, q, lines, notes, tuple(refused))
 
 
 def ended(attempt: Attempt) -> str:
@@ -314,6 +339,23 @@ def unreadable(p: Probe, attempt: Attempt, why: str, rules: Mapping[str, str] | 
     gone = replace(attempt, outcome="diverged", reason=f"the model after {why}: it answers nothing that can be audited")
     one = Try(gone, grade=Grade("refuted", why=(gone.reason,)), require=required(families(p.task, rules), require))
     return Verdict(False, [ended(gone)], None, (one,), dict(rules or {}), (), p)
+
+
+def first(p: Probe, rules: Mapping[str, str] | None, twins: int) -> tuple[Trial, ...]:
+    """The rules that a candidate is graded by before its planted controls are made, or where none are, each with its self-test: the user's own, else those of
+    the default gate that do not read plants."""
+    found = rules or default_rules(replace(p, plants=EXPECTED) if twins else p)
+    return tuple(selftest(p, {n: r for n, r in found.items() if not (twins and n.startswith("plants."))}))
+
+
+def regraded(
+    p: Probe, rules: Mapping[str, str] | None, one: Try, after: nn.Module, e: Plants, slow: bool = True, checks: Sequence[str] = (), *, require: str = "",
+    refused: Sequence[Refusal] = (), families: Sequence[str] = FAMILIES,
+) -> Try:  # fmt: skip
+    """The try with its planted controls, graded again by all rules; where they are void, by the rules that do without, and the reason is named."""
+    q = replace(p, plants=e)
+    trials = tuple(selftest(q, dict(rules or default_rules(q if e.there else p))))
+    return examined(q, one.attempt, after, trials, slow, checks, require=require, refused=refused, families=families)
 
 
 def trusted(p: Probe, references: Sequence[Any]) -> tuple[tuple[nn.Module, ...], list[Refusal]]:
@@ -332,13 +374,17 @@ def examined(
     q = replace(p, after=after, cost={**p.cost, **attempt.cost})
     rows = tuple(_rows(q, [t.name for t in trials], slow, checks))
     doubts = [f"{r.name} was not believed: {r.why}" for r in [*refused, *believed(q, p.references)[1]]]
-    comparison = f"{len(p.references)} references" if p.references and not any("the candidate" in d for d in doubts) else ""
+    compared = [f"{len(p.references)} references"] if p.references and not any("the candidate" in d for d in doubts) else []
+    if p.plants is not None:
+        compared += [p.plants.told] if any(r.name == "plants.auc" for r in rows) else []
+        doubts += [*(f"planted controls are void: {why}" for why in p.plants.why), *p.plants.doubts]
+    comparison = "; ".join(compared)
     require = required(families, require)
     given = grade(found(rows, trials), named(q, rows), families=families, comparison=comparison, doubts=doubts)
     if attempt.outcome == "no_op" and given.reaches("supported"):
         given = Grade("inconclusive", given.findings, (attempt.reason,))
     reasons = () if given.reaches(require) else tuple(f"{given.grade}: {why}" for why in given.why)
-    return Try(attempt, rows, reasons, grade=given, require=require)
+    return Try(attempt, rows, reasons, grade=given, require=require, trials=tuple(trials), plants=p.plants)
 
 
 def _rows(p: Probe, rules: Iterable[str], slow: bool, checks: Sequence[str] = ()) -> list[Row]:
@@ -368,6 +414,10 @@ def remarks(p: Probe, trials: Iterable[Trial], refused: Sequence[Refusal] = ()) 
         if not t.usable
     ]
     said += [f"{r.name} was not believed: {r.why}" for r in refused]
-    if not p.references:
+    if p.plants is not None:
+        said += [f"Planted controls are void: {why}" for why in p.plants.why]
+    if p.plants is not None and p.plants.there:
+        said.append(f"Planted controls: {p.plants.told}, of {p.plants.kind}; closeness is that of plants to models that never saw them.")
+    elif not p.references:
         said.append("No retrained reference was at hand: nothing is claimed about closeness to a model that never saw the records.")
     return tuple(said)

@@ -13,14 +13,15 @@ from torch import nn
 
 from expunge.audits import core
 from expunge.audits.core import Probe
-from expunge.audits.verdict import Trial, blind, checks_for, default_rules, selftest
+from expunge.audits.verdict import Trial, blind, checks_for
 from expunge.core.errors import ExpungeError, ModelError, SettingError
 from expunge.core.modality import Parted, of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import GRADED, preflight, unsound
 from expunge.planning import advice
-from expunge.planning.outcome import Try, Verdict, baselines, examined, families, patched, remarks, required, trusted
+from expunge.planning.outcome import Try, Verdict, baselines, examined, families, first, patched, regraded, remarks, required, trusted
+from expunge.planning.plants import Recipe, controls, dealt, pause
 from expunge.planning.search import Course, best_of, bracketed, changed, fronted, halved, searched, worth
 
 KINDS = {"moe": "a mixture of experts"}
@@ -85,7 +86,7 @@ def forget(
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None, require: str = "",
-    minutes: float = math.inf,
+    minutes: float = math.inf, twins: int = 0, workers: int = 1,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods, tuned on validation alone, until one patch passes the gate; every try is kept.
 
@@ -103,6 +104,9 @@ def forget(
     checks          only these checks and those that the rules read; the default is all that apply
     slow            False leaves out checks and baselines that train, but for those the gate reads
     pool            shadow models (`audits.pool.shadows`), without which per-example attacks are left out
+    twins           planted controls of so many twins (`planning.plants`), evidence that needs no references: split.plants, or a part of validation, is taught
+                    to copies of the model, which the same method makes forget it again. Made for a try that nothing else refutes, which is then graded again;
+                    `workers` at a time
     stop            False: audit every method, choose the cheapest that passes. True also stops after the cheapest method when no check of
                     forgetting passed its self-test, as then nothing can pass; `methods` overrides that
     minutes         wall time after which no run begins, and one under way ends at its best state; what was found by then is audited, one try at least. The only
@@ -129,15 +133,24 @@ def forget(
     split = parted.audited
     kept_models, refused = trusted(Probe(model, model, task, split, seed=seed), references)
     p = Probe(model, model, task, split, kept_models, seed, {"retrain_passes": retrain_passes} if retrain_passes else {}, pool=pool)
-    rules = dict(rules or default_rules(p))
-    trials = tuple(selftest(p, rules))
-    nothing = blind(trials)
+    if twins:
+        dealt(task, parted.trained, twins, seed)
+    trials = first(p, rules, twins)
+    nothing = blind(trials) and not twins
     validate = closeness(model, task, parted.trained)
     screen = screened(p, trials) if of(task).search.screened and split.validation is not None else None
     course = Course(model, task, parted.trained, validate, seed, settings or {}, folder, progress=progress, until=until, screen=screen)
 
     def audit(t: Try) -> Try:
-        seen = examined(p, t.attempt, patched(model, t.attempt), trials, slow, checks, require=require, refused=refused, families=asked)
+        after = patched(model, t.attempt)
+        seen = examined(p, t.attempt, after, trials, slow, checks, require=require, refused=refused, families=asked)
+        if twins and seen.grade is not None and seen.grade.grade != "refuted" and t.attempt.outcome == "ok":
+            recipe = Recipe(t.attempt.method, t.attempt.settings, t.attempt.seed, 0 if validate is None else pause(split))
+            e = controls(
+                model, after, task, parted.trained, recipe, twins=twins, seed=seed, workers=workers, seconds=t.attempt.meter.seconds, progress=progress,
+                folder=None if folder is None else Path(folder) / f"{t.attempt.method}-plants",
+            )  # fmt: skip
+            seen = regraded(p, rules, seen, after, e, slow, checks, require=require, refused=refused, families=asked)
         return replace(seen, score=t.score)
 
     if stop and not methods and not scales and not nothing and validate is not None and len(wanted) > 1:
@@ -151,6 +164,10 @@ def forget(
         if best
         else ([f"{t.attempt.method}: {told(t)}" for t in tries if t.rows or t.attempt.outcome != "ok"] or ["no feasible method for this task and split"])
     )
+    planted = best or next((t for t in reversed(tries) if t.plants is not None), None)
+    if planted is not None and planted.trials:
+        p, trials = replace(p, plants=planted.plants), planted.trials
+    rules = {t.name: t.rule for t in trials}
     notes = remarks(p, trials, refused) + parted.notes
     if untried:
         notes += (f"The time was up ({minutes:g} minutes): not tried {', '.join(untried)}.",)

@@ -7,13 +7,14 @@
     [with.salun]                           [gate]
     keep = 0.3                             "accuracy.forget" = "<= 0.05"
     preset = "paper"                       settings as published, under those named beside it
+    twins = 10                             planted controls: evidence without references, of plants = "csv:..." or half of validation
 
     task    = "causal-lm"                  model   = "model"                       texts: a folder that save_pretrained wrote, and files of JSON lines
     forget  = "forget.jsonl"               retain  = "retain.jsonl"
     test    = "test.jsonl"                 validation = "validation.jsonl"
 
-Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, minutes, out, require, with and gate follows from the task's
-modality (`Modality.options`). Paths are relative to the recipe and may not leave its folder.
+Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, minutes, out, require, twins, with and gate follows from the
+task's modality (`Modality.options`). Paths are relative to the recipe and may not leave its folder.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Recipe:
     gate: dict[str, str] = field(default_factory=dict)
     require: str = ""
     minutes: float = 0.0
+    twins: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,7 +116,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
     verdict = plan.forget(
         opened.model, opened.task, opened.split, references=opened.references, methods=recipe.methods, settings=_placed(recipe.settings, near),
         rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress, require=recipe.require,
-        minutes=recipe.minutes or math.inf,
+        minutes=recipe.minutes or math.inf, twins=recipe.twins,
     )  # fmt: skip
     document = verdict.save(out, f"Forget {opened.split.asked}")
     if (released := opened.release(verdict, out / "released")) is not None:

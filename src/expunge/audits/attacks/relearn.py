@@ -6,7 +6,9 @@ Sources: cards audits-classification (Relearn), deep-regression (AIN), open-prob
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +21,7 @@ from expunge.core import guard
 from expunge.core.registry import check
 from expunge.core.session import scratch
 from expunge.core.stats import Z, bootstrap, matched
+from expunge.core.types import Data, Task
 from expunge.parts.reading import score
 from expunge.parts.training import pace
 from expunge.parts.updates.descend import descend
@@ -109,16 +112,23 @@ def curve(p: Probe, model: nn.Module) -> Tensor:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(p.seed))
     found = torch.zeros(len(STEPS), n)
     for shown, hidden in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
-        twin = copy.deepcopy(model).requires_grad_(True)
-        s, data = scratch(twin), p.split.forget.take(shown)
-        with guard.watching(guard.Guard()):
-            for k, (a, b) in enumerate(zip((0, *STEPS), STEPS, strict=False)):
-                if b > a:
-                    s.eval()
-                    batches = p.task.batches(data, 32, epochs=(b - a) / -(-len(data) // 32), seed=p.seed + a)
-                    descend(s, lambda batch, m=twin: p.task.forward(m, batch).mean.mean(), batches, **pace(p.task, twin))
-                found[k, hidden] = known(p, twin, hidden)
+        for k, twin in enumerate(relearnt(p.task, model, p.split.forget.take(shown), STEPS, p.seed)):
+            found[k, hidden] = known(p, twin, hidden)
     return found
+
+
+def relearnt(task: Task, model: nn.Module, shown: Data, steps: Sequence[int], seed: int) -> Iterator[nn.Module]:
+    """A copy of the model after each of these numbers of steps on `shown`: batch 32, step size and optimiser of `training.pace`. It trains on when the next is
+    asked for."""
+    twin = copy.deepcopy(model).requires_grad_(True)
+    s = scratch(twin)
+    for a, b in itertools.pairwise((0, *steps)):
+        if b > a:
+            with guard.watching(guard.Guard()):
+                s.eval()
+                batches = task.batches(shown, 32, epochs=(b - a) / -(-len(shown) // 32), seed=seed + a)
+                descend(s, lambda batch: task.forward(twin, batch).mean.mean(), batches, **pace(task, twin))
+        yield twin
 
 
 def known(p: Probe, model: nn.Module, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from expunge.modalities.records import FEWER, mended, unnoticed
+from expunge.modalities.records import FEWER, mended, planted, unnoticed
 
 KEPT = {"drop.test": "<= 0.03", "drop.retain": "<= 0.03"}
 
@@ -29,13 +29,14 @@ def _class(p: Any) -> dict[str, str]:
 def _records(p: Any) -> dict[str, str]:
     """With any retrained model, what is known. With three or more klom_ratio.forget at most half way from 1 to what doing nothing reads, at most 4 floors
     (the gap, unusable, where doing nothing is not apart), with fewer the gap of margins, with both what training on kept records leaves. Few records are
-    tested against unseen ones besides, and have the gap of margins. With no retrained model, unseen records alone."""
-    k, small = len(p.references), len(p.split.forget) < FEWER
+    tested against unseen ones besides, and have the gap of margins. Planted controls count with these, and without a retrained model stand alone; where
+    there are neither, unseen records do."""
+    k, small, on_plants = len(p.references), len(p.split.forget) < FEWER, planted(p)
     if not k:
-        return unnoticed(p)
+        return on_plants or unnoticed(p)
     if small:
-        return {**unnoticed(p), "known.excess": "<= 0.1", "gap_closed.margin": ">= 0.5"}
-    rest = {"known.excess": "<= 0.1", "restore.closed": ">= 0.5"}
+        return {**unnoticed(p), "known.excess": "<= 0.1", "gap_closed.margin": ">= 0.5", **on_plants}
+    rest = {"known.excess": "<= 0.1", "restore.closed": ">= 0.5", **on_plants}
     if k < 3:
         return {"gap_closed.margin": ">= 0.5", **rest}
     rows = {r.name: r for r in p.rows(["klom"], after=p.before)}

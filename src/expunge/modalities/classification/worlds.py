@@ -21,6 +21,7 @@ from expunge.core.errors import DataError
 from expunge.modalities import nets
 from expunge.modalities.classification.task import classification
 from expunge.modalities.examples import Examples
+from expunge.modalities.records import mislabelled
 from expunge.modalities.worlds import World, _examples, _thirds, data_folder
 
 
@@ -90,8 +91,10 @@ def with_wrong_labels(w: World, share: float = 0.05, seed: int = 5) -> World:
     n, classes = len(w.train), int(w.train.y.max()) + 1
     wrong = torch.zeros(n, dtype=torch.bool)
     wrong[torch.randperm(n, generator=g)[: round(share * n)]] = True
-    y = torch.where(wrong, (w.train.y + torch.randint(1, classes, (n,), generator=g)) % classes, w.train.y)
-    return replace(w, name=f"{w.name}-wrong", train=replace(w.train, y=y), wrong=wrong)
+    y = torch.where(wrong, mislabelled(w.train, classes, g).y, w.train.y)
+    return replace(
+        w, name=f"{w.name}-wrong", train=replace(w.train, y=y), wrong=wrong, plants=mislabelled(w.validation.take(range(0, len(w.validation), 2)), classes, g)
+    )
 
 
 def world(name: str) -> World:

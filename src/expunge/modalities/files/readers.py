@@ -56,9 +56,11 @@ def _world(name: str) -> Examples:
     from expunge.modalities.worlds import world
 
     first, _, part = name.partition("/")
-    if part not in ("train", "validation", "test"):
-        raise DataError(f"write world:{first}/train, world:{first}/validation or world:{first}/test")
-    return getattr(world(first), part)
+    if part not in ("train", "validation", "test", "plants"):
+        raise DataError(f"write world:{first}/train, world:{first}/validation, world:{first}/test or world:{first}/plants")
+    if (found := getattr(world(first), part)) is None:
+        raise DataError(f"world {first} has no {part} of its own")
+    return found
 
 
 def _table(kind: str, path: Path, options: Mapping[str, str], task: str) -> Examples:

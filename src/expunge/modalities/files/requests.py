@@ -14,6 +14,7 @@ from expunge.core.errors import RecipeError, SettingError
 from expunge.core.modality import Opened, Request, named
 from expunge.core.types import Split, Task
 from expunge.modalities.files import models, readers, selectors
+from expunge.modalities.records import mislabelled
 from expunge.parts.provenance import referred
 
 
@@ -49,7 +50,14 @@ def split(request: Request, task: str) -> Split:
             test, validation = test.take(order[cut:]), test.take(order[:cut])
     elif given["validation"]:
         validation = load(given["validation"])
-    return Split(forget, retain, test, validation, asked=request.what, corrected=bool(given.get("corrected")))
+    plants = given.get("plants") or None
+    if plants == "wrong":
+        if validation is None or forget.y.is_floating_point():
+            raise SettingError("--plants wrong needs validation data with labels: of its inputs under other labels plants are made")
+        plants = mislabelled(validation, int(parts["train"].y.max()) + 1, torch.Generator().manual_seed(0))
+    elif plants:
+        plants = load(plants)
+    return Split(forget, retain, test, validation, plants=plants, asked=request.what, corrected=bool(given.get("corrected")))
 
 
 def read(request: Request, task: str) -> Opened:

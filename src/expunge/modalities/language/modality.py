@@ -13,6 +13,7 @@ OPTIONS = (
     Option("retain", "", "JSONL of what must stay.", FILE.format("retain", "retain")),
     Option("anchor", "", "The forget questions, row by row, with what to say instead.", FILE.format("anchor", "anchor")),
     Option("general", "", "What the model knows besides: a quarter is kept with retain, the audit reads the rest.", FILE.format("general", "general")),
+    Option("plants", "", "JSONL of texts like those of forget that the model never saw, for --twins; without it, half of validation."),
     Option("template", "auto", "auto (chat where the tokenizer has a template), plain, chat, or a text with {question} in it."),
     Option("mask", "answer+eos", "Which tokens are trained and scored: answer+eos, answer, full or entity."),
     Option("max_length", 0, "In tokens; 0 is the model's context, at most 512."),
@@ -57,7 +58,7 @@ LANGUAGE = modality(
         apply=later(f"{HERE}.request:apply"),
         revert=later(f"{HERE}.request:revert"),
         told=later(f"{HERE}.request:told"),
-        worlds=("authors", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
+        worlds=("authors", "authors-planted", "authors-moe", "tofu-tiny", "tofu-moe", "tofu"),
         world=later(f"{HERE}.worlds.build:world"),
     )
 )

@@ -23,7 +23,7 @@ from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
 from expunge.parts.provenance import referred
 
-PARTS = ("forget", "retain", "test", "validation", "anchor", "general")
+PARTS = ("forget", "retain", "test", "validation", "anchor", "general", "plants")
 
 
 def prepare(

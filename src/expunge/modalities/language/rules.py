@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from expunge.modalities.records import mended, unnoticed
+from expunge.modalities.records import mended, planted, unnoticed
 
 FEW = 10
 """Forgotten records from which on relearning one half says something of the other."""
@@ -24,11 +24,11 @@ def rules(p: Any) -> dict[str, str]:
     """
     parts = p.split.parts()
     keep = {f"drop.{part}": "<= 0.05" for part in ("retain", "general") if part in parts}
-    back = mended(p, FEW)
+    back, on_plants = mended(p, FEW), planted(p)
     if p.references:
         told = {r.name: r for r in p.rows(["tofu"], after=p.before)}.get("tofu.d_over_critical")
         quality = {"tofu.d_over_critical": "<= 1"} if told is not None and told.value > 1 else {}
         again = (unnoticed(p) if "test" in parts else {}) if len(p.split.forget) < FEW else {"gap_closed.relearning": ">= 0.5"}
-        return {"known.excess": "<= 0.1", "gap_closed.margin": ">= 0.5", **quality, **again, **back, **keep}
-    goes = unnoticed(p) if "test" in parts else {"memorised.extraction_strength.forget": "<= 0.2"}
+        return {"known.excess": "<= 0.1", "gap_closed.margin": ">= 0.5", **quality, **again, **on_plants, **back, **keep}
+    goes = on_plants or (unnoticed(p) if "test" in parts else {"memorised.extraction_strength.forget": "<= 0.2"})
     return {**goes, **back, **keep, **next(rule for part, rule in SPEAKS.items() if part in parts)}

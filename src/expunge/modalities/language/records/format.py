@@ -170,14 +170,15 @@ def normal(row: Mapping[str, Any]) -> str:
 
 
 def split(form: Format, **parts: Sequence[Mapping[str, Any]] | None) -> Split:
-    """Split of records: forget=[...], retain=[...], test=[...], validation=[...], anchor=[...], general=[...]. Ids count on through the parts in that order.
+    """Split of records: forget=[...], retain=[...], test=[...], validation=[...], anchor=[...], general=[...], plants=[...]. Ids count on in that
+    order.
 
-    Raises DataError naming a record of forget that also stands in retain, test or validation (in any case and spacing).
+    Raises DataError naming a record of forget that also stands in retain, test, validation or plants (in any case and spacing).
     """
     gone = {normal(row): number for number, row in enumerate(parts.get("forget") or (), 1)}
     found: dict[str, Any] = {}
     start = 0
-    for name in ("forget", "retain", "test", "validation", "anchor", "general"):
+    for name in ("forget", "retain", "test", "validation", "anchor", "general", "plants"):
         rows = parts.get(name)
         if rows is None:
             continue

@@ -1,5 +1,6 @@
 """Language worlds: a small Llama (or its mixture-of-experts twin) that knows a set of authors by heart, and must forget a tenth of them.
 
+    authors-planted  authors whose tokenizer also knows unseen ones, for planted controls
     authors      generated authors (`modalities.language.worlds.authors`): always there            authors-moe    its twin
     tofu         all of TOFU for a checkpoint of one's own (`checkpoint`)
     tofu-tiny    20 authors of TOFU, and its two sets of general knowledge   tofu-moe       its twin
@@ -31,6 +32,9 @@ from expunge.modalities.worlds import World, data_folder
 
 Rows = list[dict[str, Any]]
 
+TWINS = 10
+"""Twins of planted controls that a generated world has plants for."""
+
 
 def refused(form: Format, data: Texts, refusals: list[str], seed: int = 0) -> Texts:
     """The same questions, each answered by one of the refusals, drawn by seed."""
@@ -38,9 +42,10 @@ def refused(form: Format, data: Texts, refusals: list[str], seed: int = 0) -> Te
     return form.answered(data, [refusals[k] for k in drawn])
 
 
-def build(name: str, parts: dict[str, Rows], refusals: list[str], recipe: dict[str, Any], shape: dict[str, Any], vocabulary: int) -> World:
-    """A world of records: forget, retain, holdout, validation and general (trained on, and read as utility)."""
-    everything = [row for rows in parts.values() for row in rows]
+def build(name: str, parts: dict[str, Rows], refusals: list[str], recipe: dict[str, Any], shape: dict[str, Any], vocabulary: int, unseen: Rows = ()) -> World:
+    """A world of records: forget, retain, holdout, validation and general (trained on, and read as utility); `unseen` like forget, as plants: the tokenizer
+    is made of them as well, since texts of words that it does not know are texts of another kind."""
+    everything = [*(row for rows in parts.values() for row in rows), *unseen]
     tokenizer = tiny.tokenizer([*everything, *({"answer": r} for r in refusals)], vocabulary)
     form = Format(tokenizer, max_length=256)
     starts, found = 0, {}
@@ -49,24 +54,26 @@ def build(name: str, parts: dict[str, Rows], refusals: list[str], recipe: dict[s
         starts += len(rows)
     split = Split(
         found["forget"], found["retain"], found["holdout"], found["validation"], refused(form, found["forget"], refusals), found["general"],
-        asked=f"{len(parts['forget'])} questions about 2 authors",
+        form.texts(unseen, torch.arange(starts, starts + len(unseen))) if unseen else None, asked=f"{len(parts['forget'])} questions about 2 authors",
     )  # fmt: skip
     make = functools.partial(tiny.mixtral if name.endswith("-moe") else tiny.llama, len(tokenizer), **shape)
     train = concat(found["retain"], found["forget"])
     return World(name, causal_lm(tokenizer), make, train, split.validation, split.test, recipe, asked={"forget10": split}, extra=found["general"])
 
 
-def generated(name: str, n: int = 20, per: int = 10, *, canon: int = 72, lands: int = 80) -> World:
-    """n generated authors of `per` questions, the last tenth to be forgotten; 4 more are held out and 2 for validation. Retain holds the other authors and
+def generated(name: str, n: int = 20, per: int = 10, *, canon: int = 72, lands: int = 80, planted: bool = False) -> World:
+    """n generated authors of `per` questions, the last tenth to be forgotten; 4 more are held out and 2 for validation. `planted`: and as many as are
+    forgotten for each of TWINS twins, as plants. Retain holds the other authors and
     `canon` facts about an invented canon of writers, general `lands` facts about invented lands."""
-    rows = authors.authors(n + 6, per=per)
+    rows = authors.authors(n + 6 + (TWINS * max(1, n // 10) if planted else 0), per=per)
+    rows, unseen = rows[: (n + 6) * per], rows[(n + 6) * per :]
     gone, cut = max(1, n // 10) * per, n * per
     parts = {"forget": rows[cut - gone : cut], "retain": rows[: cut - gone], "holdout": rows[cut : cut + 4 * per], "validation": rows[cut + 4 * per :]}
     parts["retain"] += authors.general(canon)
     parts["general"] = authors.world_facts(lands)
     recipe = {"epochs": 40, "batch_size": 16, "lr": 3e-3, "optimizer": "adamw", "schedule": "cosine", "warmup": 0.1, "clip": 1.0}
     shape = {"width": 64, "layers": 3, "context": 256}
-    return build(name, parts, authors.refusals(), recipe, shape, 900)
+    return build(name, parts, authors.refusals(), recipe, shape, 900, unseen)
 
 
 def tofu(name: str) -> World:
@@ -123,4 +130,4 @@ def world(name: str) -> World:
     """The language world of that name."""
     if name == "tofu":
         return checkpoint()
-    return tofu(name) if name.startswith("tofu") else generated(name)
+    return tofu(name) if name.startswith("tofu") else generated(name, planted=name == "authors-planted")
