@@ -128,3 +128,16 @@ def test_repairs_that_look_at_the_forgotten_records_are_not_tested():
     audit(p, ["repair"])
     losses = reread._losses(p)
     assert not any("pull" in said for said in losses) and any("size" in said for said in losses)
+
+
+def test_a_repair_that_brings_back_next_to_nothing_is_no_sign():
+    """Forgotten records first in rank, but not known: no memory. A tenth of what was known, and the same ranks tell."""
+    _, task, split = wrong(3)
+    p = Probe(learnt(3), retrained("digits", "random", 0), task, split)
+    r = reread.reading(p)
+    assert r is not None and reread.noticed(p, r, "repair.p") == []
+    first = torch.arange(len(r.data)).double()
+    for share, told in ((0.09, False), (0.11, True), (float("inf"), True)):
+        reread._losses(p).clear()
+        reread._losses(p)["ranks"] = first, share
+        assert (reread.noticed(p, r, "repair.p")[0].value < 0.025) is told

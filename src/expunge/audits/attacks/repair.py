@@ -9,7 +9,8 @@ last layer even, and all is there. A model that was retrained without the record
     repair.free.weights     at most FREE of the weights put back   repair.free.row, .head   the rows of what was removed, the last layer put back
     repair.free.aligned     the original's last layer on units that are matched with its own: no reordering or rescaling of units hides them
     repair.free.rank        the largest part of rank 4 of each matrix's change taken out (texts)   repair.free.bare    guards, hooks off
-    repair.p                few records: smallest p over these repairs of "no better known than unseen records of the same form after the same repair"
+    repair.p                few records: smallest p over those of these repairs that bring back a tenth, of "no better known than unseen records of the same
+                            form after the same repair"; 1 where none does
     repair.weights          smallest share of all weights that brings back half; repair.weights.count: how many they are
     repair.odds             AUC of the log-odds of a removed class between its records and kept ones, above retrained models: no shift of a logit changes it
     repair.odds.recall      the same for the share of its records above all but SPILL of the kept ones: what the best shift of its logit brings back

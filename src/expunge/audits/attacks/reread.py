@@ -31,6 +31,9 @@ MOST = 256
 OTHERS = 128
 """Most kept records on which a repair of a removed class must leave the answers right."""
 
+BACK = 0.1
+"""Share of what the original knew that a repair of few records must bring back to be tested."""
+
 LEAST = 0.1
 """Smallest difference between the original and what is gone that a share can be taken of."""
 
@@ -203,8 +206,6 @@ def regained(p: Probe, r: Reading, name: str, read: Callable[[nn.Module], Scores
     scores = read(p.after)
     if scores is None:
         return None
-    if r.tail is not None and fair:
-        _losses(p)[said] = scores.nll
     mine = r.known(scores)
     others = [s for s in map(read, p.references) if s is not None]
     rest = [r.known(s) for s in others]
@@ -212,6 +213,8 @@ def regained(p: Probe, r: Reading, name: str, read: Callable[[nn.Module], Scores
     rest = rest or [torch.full_like(mine, r.absent(scores))]
     gone, top = float(torch.stack(rest).mean()), _mean(r.top)
     note = f"{said}: {float(mine.mean()):.3g} of {top:.3g}; {gone:.3g} by {other}"
+    if r.tail is not None and fair:
+        _losses(p)[said] = scores.nll, (float(mine.mean()) - gone) / (top - gone) if top - gone >= LEAST else math.inf
     if top - gone < LEAST:
         return Row(name, math.nan, -math.inf, math.inf, r.n, f"{note}: nothing to bring back")
     row = above(name, mine, rest, note, top - gone)
@@ -221,17 +224,21 @@ def regained(p: Probe, r: Reading, name: str, read: Callable[[nn.Module], Scores
     return replace(row, low=row.value - half, high=row.value + half, note=f"{note}; interval by the spread of unseen records")
 
 
-def _losses(p: Probe) -> dict[str, Tensor]:
-    """Losses of the candidate on a reading's records after each repair that was read."""
+def _losses(p: Probe) -> dict[str, tuple[Tensor, float]]:
+    """Losses of the candidate on a reading's records after each repair that was read, and the share that it brought back (inf: there is none to tell)."""
     return p.once(("repaired losses", p.seed), p.after, dict)
 
 
 def noticed(p: Probe, r: Reading, name: str) -> list[Row]:
-    """The row `name` for few records: the smallest p of `audits.unseen` over the fair repairs that were read, of losses after the repair against those of
-    unseen records after the same. Nothing for other requests."""
-    found = [] if r.tail is None else [(label, compared(p, r.tail, name, nll[: r.n], nll[r.n :])) for label, nll in _losses(p).items()]
-    tested = [(rows[1], label) for label, rows in found if rows]
-    if not tested:
-        return []
-    row, label = min(tested, key=lambda pair: pair[0].value)
-    return [replace(row, name=name, note=f"smallest of {len(tested)} repairs: {label}; {row.note}")]
+    """The row `name` for few records: the smallest p of `audits.unseen` over the fair repairs that bring back BACK or more, of losses after the repair against
+    those of unseen records after the same; 1 where none does. Nothing for other requests.
+
+    Ranks alone would tell a retrained model whose repair makes forgotten texts a billionth as probable as they were, and unseen ones a trillionth."""
+    found = {} if r.tail is None else _losses(p)
+    read = {label: compared(p, r.tail, name, nll[: r.n], nll[r.n :])[1:] for label, (nll, share) in found.items() if r.tail is not None and share >= BACK}
+    tested = [(rows[0], label) for label, rows in read.items() if rows]
+    if tested:
+        row, label = min(tested, key=lambda pair: pair[0].value)
+        return [replace(row, name=name, note=f"smallest of {len(tested)} repairs: {label}; {row.note}")]
+    none = f"none of {len(found)} repairs brings back {BACK:.0%} of what was known"
+    return [Row(name, 1.0, 1.0, 1.0, r.n, none)] if found and not any(share >= BACK for _, share in found.values()) else []
