@@ -14,9 +14,12 @@ import expunge
 from expunge.audits import unseen
 from expunge.audits.attacks import reread
 from expunge.audits.core import Probe, audit
-from expunge.audits.unseen import Unseen, better, clusters, compared, same_form, strangers
+from expunge.audits.unseen import Unseen, clusters, compared, same_form, strangers
 from expunge.core.session import scratch
 from expunge.core.types import concat
+from expunge.modalities.records import validation
+from expunge.parts.forms import better
+from expunge.parts.reading import score
 from expunge.parts.updates.descend import descend
 
 G = torch.Generator().manual_seed(0)
@@ -141,3 +144,14 @@ def test_a_repair_that_brings_back_next_to_nothing_is_no_sign():
         reread._losses(p).clear()
         reread._losses(p)["ranks"] = first, share
         assert (reread.noticed(p, r, "repair.p")[0].value < 0.025) is told
+
+
+def test_validation_compares_wrong_labels_with_wrong_labels():
+    """The score of tuning is near 0 for a model that never saw the wrong labels, and near -1 for one that knows them; against validation records as they are
+    labelled it would be the other way round."""
+    _, task, split = wrong(12)
+    taught, other = learnt(12), retrained("digits", "random", 0)
+    validate = validation(taught, task, split)
+    assert validate is not None and validate(other) > -0.5 and validate(taught) < -0.8
+    old = torch.cat([score(other, task, part).nll for part in (split.forget, split.validation)])
+    assert better(old[: len(split.forget)], old[len(split.forget) :]).mean() < 0.1

@@ -20,29 +20,17 @@ from torch import Tensor, nn
 from expunge.audits.core import Probe, Row
 from expunge.core.registry import check
 from expunge.core.stats import Z
-from expunge.core.types import spread
 from expunge.modalities.language.texts import GENERAL
+from expunge.parts import forms
 from expunge.parts.reading import Scores, score
-
-NEAREST = 5
-"""Kept records that are asked what label a record would have."""
-
-MOST = 2048
-"""Most kept records among which the nearest are looked for."""
 
 DRAWS = 4999
 """Ways to name units forgotten that a p-value is read on."""
 
 
 def neighbours(p: Probe, forget: Any) -> Tensor | None:
-    """(n,) the label that most of the NEAREST kept records have, by distance between inputs: what can be said of a record without having seen it. None where
-    inputs have no distance."""
-    kept = p.split.retain if p.split.retain is not None else p.split.test
-    if kept is None or not isinstance(getattr(forget, "x", None), Tensor) or not forget.x.is_floating_point():
-        return None
-    kept = kept.take(spread(len(kept), MOST))
-    near = torch.cdist(forget.x.flatten(1).float(), kept.x.flatten(1).float()).topk(min(NEAREST, len(kept)), largest=False).indices
-    return kept.y[near].mode(1).values
+    """`parts.forms.neighbours` among kept records: those of retain, else of test."""
+    return forms.neighbours(forget, p.split.retain if p.split.retain is not None else p.split.test)
 
 
 @dataclass(frozen=True)
@@ -78,15 +66,8 @@ def _unseen(p: Probe) -> Unseen | None:
     if p.scores("before", "forget").labels is None or not hasattr(test, "y") or test.y.dim() != 1:
         return Unseen(test, torch.zeros(len(test), dtype=torch.long), torch.zeros(len(forget), dtype=torch.long))
     said = neighbours(p, forget)
-    said = forget.y if said is None else said
-    pairs, mine = torch.stack([said, forget.y], 1).unique(dim=0, return_inverse=True)
-    there = [(test.y == k).nonzero().squeeze(1) for k, _ in pairs.tolist()]
-    if not any(map(len, there)):
-        return None
-    labels = torch.cat([torch.full((len(r),), y, dtype=test.y.dtype) for r, (_, y) in zip(there, pairs.tolist(), strict=True)])
-    form = torch.cat([torch.full((len(r),), k) for k, r in enumerate(there)])
-    some = torch.tensor([len(r) > 0 for r in there])
-    return Unseen(replace(test.take(torch.cat(there)), y=labels), form, torch.where(some[mine], mine, -1))
+    rows, labels, form, mine = forms.paired(forget.y, forget.y if said is None else said, test.y)
+    return Unseen(replace(test.take(rows), y=labels), form, mine) if len(rows) else None
 
 
 def read(p: Probe, u: Unseen, model: nn.Module) -> Scores:
@@ -113,19 +94,8 @@ def means(values: Tensor, unit: Tensor) -> Tensor:
     return torch.zeros(len(count), dtype=torch.double).index_add_(0, unit, values.double()) / count
 
 
-def better(mine: Tensor, others: Tensor) -> Tensor:
-    """(n,) share of `others` (m,) with a larger loss, equal ones half.
-
-    >>> better(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 2.0])).tolist()
-    [1.0, 0.25]
-    """
-    order = others.sort().values
-    below, most = (torch.searchsorted(order, mine, right=side) for side in (False, True))
-    return 1 - (below + most).double() / (2 * len(order))
-
-
-def tested(mine: Tensor, form: Tensor, others: Tensor, forms: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
-    """(auc, its half-width under exchange, one-sided p) of losses (n,) in forms (n,) against those of unseen units (m,) in forms (m,).
+def tested(mine: Tensor, form: Tensor, others: Tensor, other: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
+    """(auc, its half-width under exchange, one-sided p) of losses (n,) in forms (n,) against those of unseen units `others` (m,) in forms `other` (m,).
 
     p = (1 + draws with a mean of u at least as large) / (1 + draws); one unit against m unseen ones reads at least about 1 / (1 + m).
 
@@ -136,8 +106,8 @@ def tested(mine: Tensor, form: Tensor, others: Tensor, forms: Tensor, seed: int 
     g = torch.Generator().manual_seed(seed)
     total, null, n = 0.0, torch.zeros(draws, dtype=torch.double), len(mine)
     for k in form.unique().tolist():
-        a, b = mine[form == k].double(), others[forms == k].double()
-        total += float(better(a, b).sum())
+        a, b = mine[form == k].double(), others[other == k].double()
+        total += float(forms.better(a, b).sum())
         pooled = torch.cat([a, b])
         ranks = (torch.searchsorted(pooled.sort().values, pooled) + torch.searchsorted(pooled.sort().values, pooled, right=True) + 1).double() / 2
         drawn = torch.rand(draws, len(pooled), generator=g).topk(len(a), 1).indices
@@ -167,9 +137,9 @@ def compared(p: Probe, u: Unseen, name: str, mine: Tensor, theirs: Tensor) -> li
     if not there.any():
         return []
     left, right = unit[there].unique(return_inverse=True)[1], other
-    forms = means(form[there].double(), left).round().long()
-    value, half, chance = tested(means(mine[there], left), forms, means(theirs, right), means(u.form.double(), right).round().long(), p.seed)
-    n, lost = len(forms), int((~there).sum())
+    kinds = means(form[there].double(), left).round().long()
+    value, half, chance = tested(means(mine[there], left), kinds, means(theirs, right), means(u.form.double(), right).round().long(), p.seed)
+    n, lost = len(kinds), int((~there).sum())
     note = f"{n} units against {int(right.max()) + 1} unseen of the same form{f'; {lost} have no unseen record of their form' if lost else ''}"
     return [
         Row(f"{name}.auc", value, max(0.0, value - half), min(1.0, value + half), n, note),

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from expunge.core.modality import Level, of
 from expunge.core.stats import auc
 from expunge.core.types import Split, Task, absent, spread
+from expunge.parts.forms import better, neighbours, paired
 from expunge.parts.reading import Scores, score
 
 PLANTS = {"plants.margin": ">= 0.5", "plants.known": "<= 0.1", "plants.relearn": ">= 0.5"}
 """What planted controls of a request of records may read, beside what `planted` says (docs/planted-controls.md)."""
 ALIKE, REPAIRED = 20, 50
 """Records from which on an interval can tell that they are like unseen ones (fewer are held to a test), and that what repairs bring back of them is little."""
+
+COMPARED = 1024
+"""About as many validation records of the forms of the records to forget are read for a score."""
 
 MOST, FEW = 128, 100
 """Most records that `kept` reads, and the fewest that say anything."""
@@ -61,13 +65,15 @@ def kinds(split: Split) -> tuple[str, ...]:
 def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module], float] | None:
     """A score for tuning and stopping, larger is better, 0 at best: reads forget and validation, never test; None without validation.
 
-    Records: -(2 |AUC(forget loss against validation loss) - 1/2|); removed class: -(accuracy on forget). In both, minus twice the accuracy lost on
-    validation (where there are no labels: the relative rise of its loss).
+    Records: -(2 |A - 1/2|), A the mean over records to forget of the share of validation records of the same form (`parts.forms`) with a larger loss; without
+    labels, or where validation has no such form, of all of them. Removed class: -(accuracy on forget). In both, minus twice the accuracy lost on validation
+    (where there are no labels: the relative rise of its loss).
     """
     if split.validation is None:
         return None
     gone = torch.tensor(of(task).removed(split))
     start = score(model, task, split.validation)
+    like = None if len(gone) else _like(split)
 
     def utility(s: Scores) -> float:
         if s.labels is None:
@@ -75,12 +81,30 @@ def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Modul
         keep = ~torch.isin(s.labels, gone)
         return float(s.correct[keep].float().mean()) if bool(keep.any()) else 0.0
 
+    def known(now: nn.Module, forget: Scores, unseen: Scores) -> float:
+        if like is None:
+            return auc(unseen.nll, forget.nll)[0]
+        data, form, mine = like
+        nll = score(now, task, data).nll
+        return float(torch.cat([better(forget.nll[mine == k], nll[form == k]) for k in mine[mine >= 0].unique().tolist()]).mean())
+
     def validate(now: nn.Module) -> float:
         forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
-        remains = float(forget.correct.float().mean()) if len(gone) else 2 * abs(auc(unseen.nll, forget.nll)[0] - 0.5)
+        remains = float(forget.correct.float().mean()) if len(gone) else 2 * abs(known(now, forget, unseen) - 0.5)
         return -remains - 2 * max(0.0, utility(start) - utility(unseen))
 
     return validate
+
+
+def _like(split: Split) -> tuple[Any, Tensor, Tensor] | None:
+    """(Validation records as `parts.forms.paired` names them, (M,) their forms, (n,) those of the records to forget); None without labels or such records."""
+    forget, unseen = split.forget, split.validation
+    y = [getattr(part, "y", None) for part in (forget, unseen)]
+    if any(not isinstance(v, Tensor) or v.dim() != 1 or v.is_floating_point() for v in y):
+        return None
+    said = neighbours(forget, split.retain)
+    rows, labels, form, mine = paired(forget.y, forget.y if said is None else said, unseen.y, COMPARED)
+    return (replace(unseen.take(rows), y=labels), form, mine) if len(rows) else None
 
 
 def kept(model: nn.Module, task: Task, split: Split) -> float | None:

@@ -20,9 +20,10 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.audits.known import few, probability
 from expunge.audits.membership.losses import targets
-from expunge.audits.unseen import Unseen, better, compared, neighbours, same_form
+from expunge.audits.unseen import Unseen, compared, neighbours, same_form
 from expunge.core.stats import Z, matched
 from expunge.core.types import concat, spread
+from expunge.parts.forms import better
 from expunge.parts.reading import Scores, score
 
 MOST = 256
