@@ -15,7 +15,7 @@ from expunge.audits.drop import paired
 from expunge.core.registry import check
 from expunge.core.stats import Z
 
-FEW, FEW_LABELS = 10, 30
+FEW, FEW_LABELS = 20, 30
 """Requests of fewer texts, or of fewer records with a label, have intervals from the spread of unseen ones; texts are then read by whole answers."""
 
 

@@ -11,6 +11,7 @@ p        share of the ways to name as many of the pooled units of each form the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,22 +98,28 @@ def means(values: Tensor, unit: Tensor) -> Tensor:
 def tested(mine: Tensor, form: Tensor, others: Tensor, other: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
     """(auc, its half-width under exchange, one-sided p) of losses (n,) in forms (n,) against those of unseen units `others` (m,) in forms `other` (m,).
 
-    p = (1 + draws with a mean of u at least as large) / (1 + draws); one unit against m unseen ones reads at least about 1 / (1 + m).
+    p = share of all ways to name as many of each form with a mean of u at least as large, where there are at most `draws`; else (1 + draws of a way with such a
+    mean) / (1 + draws). One unit against m unseen ones reads at least 1 / (1 + m).
 
     >>> auc, _, p = tested(torch.tensor([0.0]), torch.zeros(1), torch.arange(1.0, 20.0), torch.zeros(19))
-    >>> auc, round(p, 2)
+    >>> auc, round(p, 9)
     (1.0, 0.05)
     """
     g = torch.Generator().manual_seed(seed)
-    total, null, n = 0.0, torch.zeros(draws, dtype=torch.double), len(mine)
+    whole = math.prod(math.comb(int((form == k).sum() + (other == k).sum()), int((form == k).sum())) for k in form.unique().tolist()) <= draws
+    total, null, n = 0.0, torch.zeros(1 if whole else draws, dtype=torch.double), len(mine)
     for k in form.unique().tolist():
         a, b = mine[form == k].double(), others[other == k].double()
         total += float(forms.better(a, b).sum())
         pooled = torch.cat([a, b])
         ranks = (torch.searchsorted(pooled.sort().values, pooled) + torch.searchsorted(pooled.sort().values, pooled, right=True) + 1).double() / 2
-        drawn = torch.rand(draws, len(pooled), generator=g).topk(len(a), 1).indices
-        null += len(a) - (ranks[drawn].sum(1) - len(a) * (len(a) + 1) / 2) / len(b)
-    p = (1 + int((null >= total - 1e-9).sum())) / (1 + draws)
+        if whole:
+            drawn = torch.combinations(torch.arange(len(pooled)), len(a)) if len(a) > 1 else torch.arange(len(pooled))[:, None]
+        else:
+            drawn = torch.rand(draws, len(pooled), generator=g).topk(len(a), 1).indices
+        wins = len(a) - (ranks[drawn].sum(1) - len(a) * (len(a) + 1) / 2) / len(b)
+        null = (null[:, None] + wins).flatten() if whole else null + wins
+    p = float((null >= total - 1e-9).double().mean()) if whole else (1 + int((null >= total - 1e-9).sum())) / (1 + draws)
     return total / n, Z * float((null / n).std()), p
 
 
@@ -143,5 +150,5 @@ def compared(p: Probe, u: Unseen, name: str, mine: Tensor, theirs: Tensor) -> li
     note = f"{n} units against {int(right.max()) + 1} unseen of the same form{f'; {lost} have no unseen record of their form' if lost else ''}"
     return [
         Row(f"{name}.auc", value, max(0.0, value - half), min(1.0, value + half), n, note),
-        Row(f"{name}.p", chance, chance, chance, n, f"{note}; one-sided, {DRAWS:,} exchanges"),
+        Row(f"{name}.p", chance, chance, chance, n, f"{note}; one-sided, exact or {DRAWS:,} exchanges"),
     ]

@@ -6,8 +6,8 @@ from typing import Any
 
 from expunge.modalities.records import mended, planted, unnoticed
 
-FEW = 10
-"""Forgotten records from which on relearning one half says something of the other."""
+FEW = 20
+"""Forgotten records from which on relearning one half says something of the other, and an interval can tell what is known from a tenth."""
 
 SPEAKS = {"retain": {"wording.retain.lost": "<= 0.1"}, "test": {"wording.test.broken": "<= 0.25"}, "forget": {"wording.forget.broken": "<= 0.5"}}
 """By the part that is read, the first that is there: what must still be said. A method may garble what it forgot, and some of what looks like it."""
