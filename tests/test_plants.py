@@ -282,13 +282,15 @@ def test_verified_without_references():
     model, task, _ = wrong()
     split = bench.request(world("digits-wrong"), 20, 0)
     v = expunge.forget(model, task, split, methods=["retrain"], twins=6, slow=False)
-    t = v.tries[0]
+    t = v.chosen
     rules = {trial.name: trial.usable for trial in v.trials}
     assert {n for n in rules if n.startswith("plants.")} == {"plants.auc", "plants.margin", "plants.known", "plants.relearn", "plants.unseen", "plants.repair"}
     assert "membership.loss_auc" not in rules and "repair.free" not in rules and all(rules.values())
-    assert v.passed and t.grade.grade == "verified" and t.plants.there and t.plants.told == "6 twins, 120 plants", v.reasons
+    assert v.passed and t is not None and t.grade.grade == "verified" and t.plants.there and t.plants.told == "6 twins, 120 plants", v.reasons
     document = v.document(pictures=False)
     assert document["plants"]["twins"] == 6 and len(document["plants"]["planting"]) == 6 and document["plants"]["cost"]["forward"] > 0
+    drawn = {(r["records"], r["model"]): r["at"][2] for r in document["front"]["losses"] if r["records"] == "planted"}
+    assert drawn["planted", "before"] < drawn["planted", "after"] / 2 and abs(drawn["planted", "after"] / drawn["planted", "never saw"] - 1) < 0.2, drawn
     assert any("Planted controls: 6 twins, 120 plants" in note for note in v.notes) and not any("No retrained reference" in note for note in v.notes)
 
 

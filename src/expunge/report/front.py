@@ -14,7 +14,9 @@ from expunge.audits.core import Probe, Row, bounds
 from expunge.audits.grade import Finding, Grade
 from expunge.audits.membership.losses import targets
 from expunge.audits.named import Named
+from expunge.audits.plants import own
 from expunge.audits.references import Refusal
+from expunge.core.digest import model_digest
 from expunge.core.errors import GateError
 from expunge.core.modality import of
 from expunge.core.stats import matched
@@ -30,7 +32,8 @@ PARTS = ("retain", "test", "general")
 def front(p: Probe, grade: Grade | None, rows: Sequence[Row], named: Sequence[Named], refused: Sequence[Refusal] = ()) -> dict[str, Any]:
     """JSON-able section `front` of a report.
 
-    losses    [{records, model, n, at}]: quantiles AT of the losses of forgotten and of unseen records, before, after, and of all references together
+    losses    [{records, model, n, at}]: quantiles AT of the losses of forgotten and of unseen records, before, after, and of all references together;
+              of planted ones in the twins before and after, and where never seen
     unseen    how the unseen records were drawn
     levels    [{part, what, before, after, chance, top, n}]: how good the model is, in the modality's own measure (`Modality.level`)
     weakest   the rule that broke or is nearest to it: {name, words, rule, asked, value, low, high, n, state}; {} where none was read
@@ -64,12 +67,26 @@ def losses(p: Probe) -> tuple[list[dict[str, Any]], str]:
     out = []
     for records, (part, some) in groups.items():
         for label, models in _models(p).items():
-            nll = torch.cat([p.seen(m, part).nll[some] for m in models]).double()
-            nll = nll[torch.isfinite(nll)]
-            if len(nll):
-                at = nll.quantile(torch.tensor(AT, dtype=torch.double)).tolist()
-                out.append({"records": records, "model": label, "n": len(nll), "at": at})
-    return out, note
+            out += _drawn(records, label, torch.cat([p.seen(m, part).nll[some] for m in models]))
+    return [*out, *_planted(p)], note
+
+
+def _planted(p: Probe) -> list[dict[str, Any]]:
+    """Planted records in the twins that were taught them, before and after the method, and in the models that never saw them; none for another candidate."""
+    e: Any = p.plants
+    if e is None or not e.there or p.after is p.before or p.once(("digest",), p.after, lambda: model_digest(p.after)) != e.candidate:
+        return []
+    taught, others = own(e.after.nll, e.taught)
+    return [
+        *_drawn("planted", "before", own(e.before.nll, e.taught)[0]),
+        *_drawn("planted", "after", taught),
+        *_drawn("planted", "never saw", others.flatten()),
+    ]
+
+
+def _drawn(records: str, model: str, nll: Tensor) -> list[dict[str, Any]]:
+    nll = nll[torch.isfinite(nll)].double()
+    return [{"records": records, "model": model, "n": len(nll), "at": nll.quantile(torch.tensor(AT, dtype=torch.double)).tolist()}] if len(nll) else []
 
 
 def levels(p: Probe) -> list[dict[str, Any]]:
