@@ -52,13 +52,13 @@ def test_recipe_to_patch_to_revert(home):
     assert document["verdict"]["passed"]
     assert "No retrained reference" in " ".join(document["notes"])
     assert {p.name for p in (home / "out").iterdir()} >= {"report.html", "report.json", "patch.safetensors"}
-    page = (home / "out" / "report.html").read_text()
+    page = (home / "out" / "latest" / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
-    code, out, _ = call("inspect", "out/patch.safetensors", "--json")
+    code, out, _ = call("inspect", "out/latest/patch.safetensors", "--json")
     assert json.loads(out)["meta"]["method"] == "fisher_forgetting"
     common = ["--model", "py:mynet:build"]
-    assert call("apply", "out/patch.safetensors", *common, "--weights", "model.safetensors", "--out", "new.safetensors")[0] == 0
-    code, _, err = call("apply", "out/patch.safetensors", *common, "--weights", "new.safetensors", "--out", "twice.safetensors")
+    assert call("apply", "out/latest/patch.safetensors", *common, "--weights", "model.safetensors", "--out", "new.safetensors")[0] == 0
+    code, _, err = call("apply", "out/latest/patch.safetensors", *common, "--weights", "new.safetensors", "--out", "twice.safetensors")
     assert code == 2 and "applied already" in err and not (home / "twice.safetensors").exists()
     assert call("revert", "new.undo.safetensors", *common, "--weights", "new.safetensors", "--out", "back.safetensors")[0] == 0
     assert (home / "back.safetensors").read_bytes() == (home / "model.safetensors").read_bytes()
@@ -180,10 +180,10 @@ def test_bad_input_is_one_line_and_changes_nothing(home, words, message, monkeyp
 
 def test_a_run_that_diverges_says_so_and_leaves_no_patch(home, monkeypatch, capsys):
     code, _ = inside_process([*FORGET, "--forget", "class:3", "--method", "gradient_ascent", "--bound", "inf", "--lr", "1e30", "--json"], monkeypatch, capsys)
-    document = json.loads((home / "out" / "report.json").read_text())
+    document = json.loads((home / "out" / "latest" / "report.json").read_text())
     assert code == 1
     assert document["tries"][0]["outcome"] == "diverged" and "lower" in document["tries"][0]["reason"]
-    assert not (home / "out" / "patch.safetensors").exists()
+    assert not (home / "out" / "latest" / "patch.safetensors").exists()
 
 
 def test_settings_from_flags():
@@ -254,7 +254,7 @@ def test_parquet_regression_goes_through_a_recipe(tmp_path, monkeypatch):
         _, document = recipe.run(recipe.read(tmp_path / "r.toml"))
     assert document["task"] == "regression" and document["parts"]["forget"] > 5
     assert {"error.forget", "error.test"} <= {r["name"] for r in document["tries"][0]["rows"]}
-    assert (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "out" / "latest" / "report.html").exists()
 
 
 def test_image_folder_names_the_broken_file(tmp_path):

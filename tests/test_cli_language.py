@@ -122,7 +122,9 @@ def rows(document, number: int = 0) -> dict[str, float]:
 def done(world):
     """A request that passes its gate: what came out of the command."""
     code, out, err = call(world.home, *FORGET, *AWAY, "--json", "--out", "done")
-    return SimpleNamespace(code=code, document=strict(out), err=err, folder=world.home / "done", patch=Patch.load(world.home / "done" / "patch.safetensors"))
+    return SimpleNamespace(
+        code=code, document=strict(out), err=err, folder=world.home / "done" / "latest", patch=Patch.load(world.home / "done" / "latest" / "patch.safetensors")
+    )
 
 
 def test_what_passes_is_reported_and_loads_without_expunge(world, done):
@@ -140,7 +142,7 @@ def test_what_passes_is_reported_and_loads_without_expunge(world, done):
     assert page.startswith("<!doctype html>") and "task_vector" in page and "<script" not in page
     twin = copied(world.model)
     undo = done.patch.apply(twin)
-    assert document["released"] == "done/released" and (done.folder / "released" / "adapter_model.safetensors").is_file()
+    assert document["released"] == f"{document['folder']}/released" and (done.folder / "released" / "adapter_model.safetensors").is_file()
     base = AutoModelForCausalLM.from_pretrained(world.home / "base")
     assert torch.allclose(nll(world, base), nll(world, world.model), atol=1e-4)
     with warnings.catch_warnings():
@@ -160,11 +162,11 @@ def test_a_recipe_does_what_the_same_flags_do(world, done):
     with (world.home / "run.toml").open("a") as f:
         f.writelines(f"{name.removeprefix('--')} = {value}\n" for name, value in zip(AWAY[2::2], AWAY[3::2], strict=True))
     code, out, err = call(world.home, "run", "run.toml")
-    assert (code, err.strip()) == (0, "") and "by-recipe/released, which loads without expunge" in "".join(out.split("\n"))
-    assert Patch.load(world.home / "by-recipe" / "patch.safetensors").digest == done.patch.digest
+    assert (code, err.strip()) == (0, "") and "/released, which loads without expunge" in "".join(out.split("\n"))
+    assert Patch.load(world.home / "by-recipe" / "latest" / "patch.safetensors").digest == done.patch.digest
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (world.home / "by-recipe" / "released" / name).read_bytes() == (done.folder / "released" / name).read_bytes()
-    document = strict((world.home / "by-recipe" / "report.json").read_text())
+        assert (world.home / "by-recipe" / "latest" / "released" / name).read_bytes() == (done.folder / "released" / name).read_bytes()
+    document = strict((world.home / "by-recipe" / "latest" / "report.json").read_text())
     assert document["rules"] == done.document["rules"] and document["parts"] == done.document["parts"] and document["asked"] == done.document["asked"]
 
 
@@ -172,8 +174,8 @@ def test_npo_that_the_gate_refuses_leaves_a_report_and_no_patch(world):
     code, out, err = call(world.home, *FORGET, *RETAIN, "--test", "test.jsonl", *NPO, "--out", "npo")
     assert code == 1, err
     assert "NOT PASSED" in out and "Traceback" not in err
-    assert {p.name for p in (world.home / "npo").iterdir()} - {"checkpoints"} == {"report.html", "report.json"}
-    document = strict((world.home / "npo" / "report.json").read_text())
+    assert {p.name for p in (world.home / "npo" / "latest").iterdir()} == {"report.html", "report.json"}
+    document = strict((world.home / "npo" / "latest" / "report.json").read_text())
     assert not document["verdict"]["passed"] and document["verdict"]["reasons"]
     (one,) = document["tries"]
     assert (one["method"], one["outcome"], one["settings"]["lora"]) == ("npo", "ok", 4)
@@ -182,10 +184,10 @@ def test_npo_that_the_gate_refuses_leaves_a_report_and_no_patch(world):
 
 
 def test_audit_reads_a_patch_and_the_same_weights_alike(world, done):
-    assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "merged", "--json")[0] == 0
+    assert call(world.home, "apply", "done/latest/patch.safetensors", "--model", "base", "--form", "merged", "--out", "merged", "--json")[0] == 0
     common = ("audit", *TEXTS, "--forget", "forget.jsonl", "--quick", "--json", "--require", "supported")
     found = {}
-    for words in (("--patch", "done/patch.safetensors"), ("--after", "merged"), ("--after", "base", "--out", "audited")):
+    for words in (("--patch", "done/latest/patch.safetensors"), ("--after", "merged"), ("--after", "base", "--out", "audited")):
         code, out, err = call(world.home, *common, *words)
         assert err == ""
         found[words[1]] = code, strict(out)
@@ -196,15 +198,15 @@ def test_audit_reads_a_patch_and_the_same_weights_alike(world, done):
     assert rows(a[1])[name] == pytest.approx(rows(b[1])[name], abs=1e-4)
     assert rows(nothing[1])[name] > rows(a[1])[name] + 0.3
     assert a[1]["tries"][0]["method"] == "task_vector" and b[1]["tries"][0]["method"] == "given"
-    assert {p.name for p in (world.home / "audited").iterdir()} == {"report.html", "report.json"}
-    assert strict((world.home / "audited" / "report.json").read_text())["verdict"] == nothing[1]["verdict"]
+    assert {p.name for p in (world.home / "audited" / "latest").iterdir()} == {"report.html", "report.json"}
+    assert strict((world.home / "audited" / "latest" / "report.json").read_text())["verdict"] == nothing[1]["verdict"]
 
 
 def test_a_report_is_held_to_folders(world, done):
     """The task stands in the report; before and after are told apart; another folder is named."""
-    assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "whole", "--json")[0] == 0
-    check = ("audit", "--check", "done/report.json", "--json")
-    code, out, err = call(world.home, *check, "--patch", "done/patch.safetensors", "--model", "base", "--after", "whole")
+    assert call(world.home, "apply", "done/latest/patch.safetensors", "--model", "base", "--form", "merged", "--out", "whole", "--json")[0] == 0
+    check = ("audit", "--check", "done/latest/report.json", "--json")
+    code, out, err = call(world.home, *check, "--patch", "done/latest/patch.safetensors", "--model", "base", "--after", "whole")
     assert (code, err) == (0, "") and strict(out)["asked"] == "12 records of forget.jsonl"
     assert [(h["what"], h["match"]) for h in strict(out)["held"]] == [(w, True) for w in ("patch", "model", "model with the patch", "model after")]
     for words, wrong in ((("--model", "plain"), "model"), (("--model", "base", "--after", "base"), "model after")):
@@ -307,8 +309,8 @@ def test_revert_gives_back_the_bits_of_a_folder(world, done, dtype, tmp_path):
 
 
 def test_an_adapter_folder_has_nothing_to_revert(world, done):
-    assert call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", "merged", "--out", "whole")[0] == 0
-    code, _, err = call(world.home, "revert", "whole.undo.safetensors", "--model", "done/released", "--out", "no")
+    assert call(world.home, "apply", "done/latest/patch.safetensors", "--model", "base", "--form", "merged", "--out", "whole")[0] == 0
+    code, _, err = call(world.home, "revert", "whole.undo.safetensors", "--model", "done/latest/released", "--out", "no")
     assert code == 2 and "released is an adapter: its base was never changed" in err and not (world.home / "no").exists()
     code, _, err = call(world.home, "revert", "whole.undo.safetensors", "--model", "whole", "--out", "again")
     assert (code, err) == (0, "")
@@ -328,7 +330,7 @@ def test_the_step_size_is_searched_for_though_another_setting_is_named(world, tm
 
 @pytest.mark.parametrize(("form", "file"), [("peft", "adapter_model.safetensors"), ("merged", "model.safetensors"), ("auto", "adapter_model.safetensors")])
 def test_apply_writes_what_other_tools_load(world, done, form, file):
-    code, out, err = call(world.home, "apply", "done/patch.safetensors", "--model", "base", "--form", form, "--out", f"as-{form}", "--json")
+    code, out, err = call(world.home, "apply", "done/latest/patch.safetensors", "--model", "base", "--form", form, "--out", f"as-{form}", "--json")
     assert (code, err) == (0, "")
     undo = ["as-merged.undo.safetensors"] if form == "merged" else []
     assert strict(out) == {"written": [f"as-{form}", *undo]} and (world.home / f"as-{form}" / file).is_file()
@@ -347,14 +349,14 @@ def test_a_patch_goes_on_no_other_model_in_any_form(world, done, form, model):
     if not (world.home / "merged-once").exists():
         checkpoints.release(world.model, world.tokenizer, done.patch, world.home / "merged-once", form="merged")
     before = contents(world.home)
-    code, out, err = call(world.home, "apply", "done/patch.safetensors", "--model", model, "--form", form, "--out", "wrong")
+    code, out, err = call(world.home, "apply", "done/latest/patch.safetensors", "--model", model, "--form", form, "--out", "wrong")
     assert code == 2 and out == "" and len(err.strip().splitlines()) == 1
     assert "another model" in err
     assert contents(world.home) == before
 
 
 def test_inspect_shows_low_rank_edits_and_guards(world, done):
-    code, out, err = call(world.home, "inspect", "done/patch.safetensors", "--json")
+    code, out, err = call(world.home, "inspect", "done/latest/patch.safetensors", "--json")
     assert (code, err) == (0, "")
     found = strict(out)
     assert found["meta"]["method"] == "task_vector" and found["digest"] == done.patch.digest
@@ -375,9 +377,9 @@ def test_a_guard_is_a_suppression_and_does_not_pass(world):
     assert code == 1, err
     document = strict(out)
     assert document["verdict"]["grade"] == "refuted" and document["assurance"] == "suppression" and "released" not in document
-    assert any("repair.free" in r for r in document["verdict"]["reasons"]) and not (world.home / "guarded" / "released").exists()
-    assert not (world.home / "guarded" / "patch.safetensors").exists()
-    kept = world.home / "guarded" / "candidate"
+    assert any("repair.free" in r for r in document["verdict"]["reasons"]) and not (world.home / "guarded" / "latest" / "released").exists()
+    assert not (world.home / "guarded" / "latest" / "patch.safetensors").exists()
+    kept = world.home / "guarded" / "latest" / "candidate"
     assert Patch.load(kept / "candidate.safetensors").meta["candidate"] == "refuted" and "did not pass" in (kept / "NOT-PASSED.txt").read_text()
 
 
@@ -412,7 +414,7 @@ def test_what_a_method_refuses_stands_in_the_report(world, tmp_path, words, reas
     document = strict(out)
     assert [t["outcome"] for t in document["tries"]] == ["refused"]
     assert any(reason in why for why in document["verdict"]["reasons"])
-    assert {p.name for p in (tmp_path / "refused").rglob("*")} == {"report.html", "report.json"}
+    assert {p.name for p in (tmp_path / "refused" / "latest").rglob("*")} == {"report.html", "report.json"}
 
 
 BAD = [
@@ -485,7 +487,7 @@ def test_every_setting_can_be_given_though_an_option_has_its_name(world, tmp_pat
 
 
 def test_shadow_models_of_texts_work_or_are_refused_in_one_line(world, done):
-    common = ("audit", *TEXTS, "--forget", "forget.jsonl", *RETAIN, "--test", "test.jsonl", "--patch", "done/patch.safetensors", "--quick", "--json")
+    common = ("audit", *TEXTS, "--forget", "forget.jsonl", *RETAIN, "--test", "test.jsonl", "--patch", "done/latest/patch.safetensors", "--quick", "--json")
     code, out, err = call(world.home, *common, "--shadows", "4", "--training", "epochs=1 batch_size=16 lr=0.01", "--unlearn-shadows", "2")
     assert code in (0, 1, 2)
     assert strict(out) if code < 2 else len(err.strip().splitlines()) == 1

@@ -389,7 +389,7 @@ def test_the_command_forgets_under_a_judge(folders, tmp_path):
     assert done.exit_code == (0 if document["verdict"]["passed"] else 1), done.output
     rows = {r["name"]: r for r in document["tries"][0]["rows"]}
     assert {"canvas.ua", "hub.proportion", "redirection.left", "canvas.seconds"} <= rows.keys()
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "latest" / "report.html").read_text()
     assert "What the judge names the drawings" in page and "Retainability" in page
 
 

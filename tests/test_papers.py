@@ -210,7 +210,7 @@ def test_forget_with_a_preset_runs_as_published_and_ends_with_what_is_experiment
         cli.main()
     out = capsys.readouterr().out
     assert f"gaussian_amnesiac is experimental: {METHODS['gaussian_amnesiac'].reason}" in out.splitlines()
-    tried = json.loads((table / "out" / "report.json").read_text())["tries"][0]["settings"]
+    tried = json.loads((table / "out" / "latest" / "report.json").read_text())["tries"][0]["settings"]
     assert tried == {**METHODS["gaussian_amnesiac"].preset("paper"), "lr": 0.01}
 
 

@@ -117,6 +117,7 @@ def test_a_concept_is_redirected_and_the_folder_loads_in_plain_diffusers(folders
     out, run = tmp_path / "out", CliRunner()
     asked = ["--task", "diffusion", "--model", str(folders[True]), "--concept", "Van Gogh", "--anchor", "painting"]
     done = run.invoke(app, ["forget", *asked, *PASSES, "--quick", "--out", str(out), "--json"])
+    out = out / "latest"
     document = json.loads(done.stdout)
     assert done.exit_code == 0, done.output
     rows = {r["name"]: r for r in document["tries"][0]["rows"]}

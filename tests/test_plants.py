@@ -373,7 +373,7 @@ def test_the_command_line_forgets_and_audits_without_references(tmp_path, monkey
     assert code == 0 and document["verdict"]["grade"] == "verified", (err, document["verdict"])
     assert document["plants"]["twins"] == 10 and document["plants"]["plants"] == 50 and document["references"] == 0
     assert len(list((tmp_path / "out" / "checkpoints" / "retrain-plants").glob("twin-*.safetensors"))) == 10
-    code, out, err = call("audit", *common, "--patch", "out/patch.safetensors", "--plants", "wrong", "--twins", "4", "--require", "supported")
+    code, out, err = call("audit", *common, "--patch", "out/latest/patch.safetensors", "--plants", "wrong", "--twins", "4", "--require", "supported")
     assert not json.loads(out)["plants"]["void"] and json.loads(out)["plants"]["kind"] == "given plants", err
     code, _, err = call("forget", *common, "--method", "retrain", "--twins", "4")
     assert code == 2 and "of another kind" in err

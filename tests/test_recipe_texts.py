@@ -78,7 +78,7 @@ def test_the_finished_recipe_runs_on_a_tiny_folder(made, monkeypatch, capsys):
     assert {t["method"] for t in document["tries"]} == {"wga"} and len({t["settings"]["lr"] for t in document["tries"]}) == 2
     assert all(t["settings"]["retain_size"] == 32 for t in document["tries"])
     assert {"membership.loss_auc", "drop.retain"} <= set(document["rules"])
-    out = made / "authors" / "out"
+    out = made / "authors" / "out" / "latest"
     assert {"report.html", "report.json"} <= {p.name for p in out.iterdir()}
     assert document["verdict"]["passed"] == (end.value.code == 0) == (out / "released").exists() == (out / "patch.safetensors").exists()
 

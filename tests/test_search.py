@@ -172,9 +172,10 @@ def test_the_screen_reads_validation_and_never_test(monkeypatch):
 def test_a_recipe_limits_the_time(tmp_path, monkeypatch, said, minutes):
     (tmp_path / "r.toml").write_text(f'model = "m"\ntrain = "t"\nforget = "class:3"\n{said}\n')
     heard: list[float] = []
-    opened = types.SimpleNamespace(model=None, task=None, split=types.SimpleNamespace(asked=""), references=[], release=lambda *_: None)
+    opened = types.SimpleNamespace(model=torch.nn.Linear(1, 1), task=None, split=types.SimpleNamespace(asked=""), references=[], release=lambda *_: None)
     monkeypatch.setattr(recipe, "named", lambda task: types.SimpleNamespace(open=lambda request: opened))
-    monkeypatch.setattr(recipe.plan, "forget", lambda *_, **options: (heard.append(options["minutes"]), types.SimpleNamespace(save=lambda *_: {}))[1])
+    monkeypatch.setattr(recipe.plan, "forget", lambda *_, **options: (heard.append(options["minutes"]), None)[1])
+    monkeypatch.setattr(recipe, "finished", lambda verdict, *_: (verdict, {}))
     asked = recipe.Recipe("m", "class:3", tmp_path, minutes=2.5 if said else 0.0)
     recipe.run(asked)
     assert heard == [minutes]

@@ -226,5 +226,5 @@ def test_the_command_line_reports_what_cannot_be_read(form, tmp_path, monkeypatc
     assert ended.value.code == 1, left.getvalue()
     printed = " ".join(said.getvalue().split())
     assert "REFUTED" in printed and f"first in {name}" in printed
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["tries"][0]["outcome"] == "diverged"
-    assert f"first in {name}" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "latest" / "report.json").read_text())["tries"][0]["outcome"] == "diverged"
+    assert f"first in {name}" in (tmp_path / "out" / "latest" / "report.html").read_text()

@@ -378,10 +378,10 @@ def test_command_line_end_to_end(folder, capsys, monkeypatch):
     code, out, err = call("plan", "train.jsonl", "class:music", "--task", "text-classification", "--model", "model", "--test", "test.jsonl")
     assert code == 0 and "gradient_ascent" in out and "scar                 not feasible: split lacks anchor" in out, err
     code, out, err = call("forget", *ABOUT, "class:music", "--method", "duck", "--quick", "--out", "out", "--require", "supported")
-    assert "PASS" in out and "wrote out/released" in out and code == 0, out[-2000:] + err[-2000:]
-    code, out, err = call("apply", "out/patch.safetensors", "--model", "model", "--out", "clean")
+    assert "PASS" in out and "/released, which transformers loads as it did the model" in out and "bit for bit" in out and code == 0, out[-2000:] + err[-2000:]
+    code, out, err = call("apply", "out/latest/patch.safetensors", "--model", "model", "--out", "clean")
     assert code == 0 and "wrote clean and clean.undo.safetensors" in out, err
-    assert (folder / "clean" / "model.safetensors").read_bytes() == (folder / "out" / "released" / "model.safetensors").read_bytes()
+    assert (folder / "clean" / "model.safetensors").read_bytes() == (folder / "out" / "latest" / "released" / "model.safetensors").read_bytes()
     code, out, err = call("revert", "clean.undo.safetensors", "--model", "clean", "--out", "back")
     assert code == 0 and (folder / "back" / "model.safetensors").read_bytes() == (folder / "model" / "model.safetensors").read_bytes(), err
     code, out, err = call("audit", *ABOUT, "class:music", "--after", "clean", "--quick", "--json")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from expunge.cli.forget import places
 from expunge.cli.options import TASK, asked, tasks, with_options
 from expunge.cli.shown import Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show
 
@@ -34,14 +35,15 @@ def audit(
     """Audit a patch, or weights from any other tool, against the model before and retrained references.
 
     Prints the verdict, then the sections of named checks, weakest first.
-    A report read back: expunge audit --check out/report.json --patch out/patch.safetensors [--model ...] [--key-file KEY]; 2 where the seal or a digest differs
-    Pipelines: expunge audit --task diffusion --model DIR --after out/released --concept "tench" --retain "goldfish,hen" --judge VIT-DIR --drawings 25
+    A report read back: expunge audit --check RUN/report.json --patch RUN/patch.safetensors [--model ...] [--key-file KEY]; 2 where the seal or a digest differs
+    Pipelines: expunge audit --task diffusion --model DIR --after out/latest/released --concept "tench" --retain "goldfish,hen" --judge VIT-DIR --drawings 25
     """
     from expunge.core.errors import SettingError
     from expunge.core.modality import MODALITIES, Request
     from expunge.core.patch import Patch
     from expunge.engine.run import Attempt
     from expunge.planning import outcome
+    from expunge.planning.folders import fit, fresh
 
     if check:
         if forget or reference or shadows or unlearn_shadows or out or twins:
@@ -53,6 +55,8 @@ def audit(
     modality, what, mine = asked(task, options, forget)
     if shadows and not modality.shadows:
         raise SettingError(f"shadow models are for {' and '.join(m.spelling for m in MODALITIES.values() if m.shadows)}")
+    if out:
+        fit(out)
     found = Patch.load(patch, key(key_file)) if patch else None
     with bar(as_json) as progress:
         opened = modality.open(Request(model, what, mine, tuple(reference or ()), after, audit=True, progress=progress))
@@ -66,7 +70,14 @@ def audit(
             forgotten=forgotten, require=require, twins=twins, workers=workers, folder=Path(out) / "plants" if out else None, progress=progress,
         )  # fmt: skip
     title = f"Audit of {Path(patch or after).name}"
-    show(verdict.save(out, title, key(key_file)) if out else verdict.document(title), as_json)
+    if out:
+        with fresh(out) as run:
+            document = verdict.save(run.made, title, key(key_file))
+        show({**document, "folder": str(run.place)}, as_json)
+        if not as_json:
+            print("\n".join(places({**document, "folder": str(run.place)})))
+    else:
+        show(verdict.document(title), as_json)
     raise typer.Exit(0 if verdict.passed else 1)
 
 

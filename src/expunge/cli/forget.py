@@ -44,7 +44,7 @@ def forget(
     preset: Annotated[str, typer.Option(help="paper: the method's settings as published, under those named as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
     retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "", twins: Twins = 0, workers: Workers = 1,
-    keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, to OUT/candidate.")] = False,
+    keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, beside the report.")] = False,
     minutes: Annotated[float, typer.Option(help="Wall time after which no run begins; 0 is no limit.")] = 0.0,
     key_file: Key = "", quick: Quick = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -55,23 +55,25 @@ def forget(
     A setting that is called like an option of this command is written with its method: --npo.retain none.
     """
     from expunge.core.modality import Request
+    from expunge.core.types import bytes_of
     from expunge.planning import plan as planner
+    from expunge.planning.folders import fit
+    from expunge.planning.releasing import finished
 
     given = {method: found} if (found := settings(method, context.args, preset)) else {}
     modality, what, mine = asked(task, options, forget)
+    fit(out)
+    secret = key(key_file)
     with bar(as_json) as progress:
         opened = modality.open(Request(model, what, mine, tuple(reference or ()), progress=progress))
+        fit(out, bytes_of(opened.model))
         verdict = planner.forget(
             opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
             folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
             progress=progress, require=require, twins=twins, workers=workers, minutes=minutes or math.inf,
         )  # fmt: skip
-    document = verdict.save(out, f"Forget {opened.split.asked or what}", key(key_file))
-    if folder := opened.release(verdict, Path(out) / "released"):
-        document["released"] = str(folder)
-    if keep_candidate and not verdict.passed and verdict.shown is not None and verdict.shown.attempt.patch is not None:
-        document["candidate"] = str(verdict.keep(Path(out) / "candidate", key(key_file)))
-    closing(modality, verdict, document, out, as_json)
+    verdict, document = finished(verdict, opened, out, f"Forget {opened.split.asked or what}", secret, candidate=keep_candidate)
+    closing(modality, verdict, document, as_json)
 
 
 def run(recipe: str, as_json: Json = False) -> None:
@@ -81,14 +83,29 @@ def run(recipe: str, as_json: Json = False) -> None:
 
     with bar(as_json) as progress:
         verdict, document = recipes.run(found := recipes.read(recipe), progress=progress)
-    closing(named(found.task), verdict, document, found.out, as_json)
+    closing(named(found.task), verdict, document, as_json)
 
 
-def closing(modality: Any, verdict: Any, document: dict[str, Any], out: str, as_json: bool) -> None:
-    """The report, what to do with what was written, and the exit code."""
+def closing(modality: Any, verdict: Any, document: dict[str, Any], as_json: bool) -> None:
+    """The report, where everything is, what to do with it, and the exit code."""
     show(document, as_json)
-    if not as_json and "candidate" in document:
-        print(f"wrote {document['candidate']}, a try that did not pass: to look at, not to use")
-    for line in [] if as_json else [*modality.told(verdict, document, out), *verdict.doubts]:
+    for line in [] if as_json else [*modality.told(verdict, document, document["folder"]), *verdict.doubts, *places(document)]:
         print(line)
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+def places(document: dict[str, Any]) -> list[str]:
+    """Where report, patch, release and candidate are, and what to type next."""
+    folder = Path(document["folder"])
+    lines = [f"report    {folder / 'report.html'} (and report.json; {folder.parent / 'latest'} points to this run)"]
+    if document.get("chosen") and "patch" in document["chosen"]:
+        patch = folder / document["chosen"]["patch"]
+        lines.append(f"patch     {patch}")
+        lines.append(f"check it  expunge audit --check {folder / 'report.json'} --patch {patch}")
+    if "released" in document:
+        lines.append(f"released  {document['released']}: {document['release']['told']}")
+    elif "release" in document:
+        lines.append(f"released  nothing: {document['release']['told']}")
+    if "candidate" in document:
+        lines.append(f"candidate {document['candidate']}, a try that did not pass: to look at, not to use")
+    return lines

@@ -36,7 +36,7 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """W += scale * up @ down for one matrix (O, I): up (O, r), down (r, I)."""
+    """W += scale * up @ down for one matrix (O, I): up (O, r), down (r, I); of a stack of matrices (E, O, I): up (E, O, r), down (E, r, I)."""
 
     name: str
     up: Tensor

@@ -98,7 +98,10 @@ def _unwritten(model: Any, path: Path) -> Path:
 class Opened:
     """A request read: model, task, split, references, the model that is to be audited (or None), and what writes the result.
 
-    release   (verdict, folder) -> the folder that was written, or None where there is nothing to write
+    release   (verdict, folder, form) -> the folder that was written, or None where there is nothing to write
+    forms     the forms that a run releases, the first that is loaded back as what was audited
+    reload    folder that `release` wrote -> the model that its own library loads from it, for the task's `forward`; None where it cannot be loaded back
+    answers   (model, part of the split, positions) -> what a released model is compared by, a tensor; None: the logits of the task's batch, or what it predicts
     write     (model, path without suffix) -> the file or folder that was written: a model of this kind in its own form
     """
 
@@ -107,7 +110,10 @@ class Opened:
     split: Any
     references: list[Any] = field(default_factory=list)
     after: Any = None
-    release: Callable[[Any, Path], Path | None] = lambda verdict, folder: None
+    release: Callable[[Any, Path, str], Path | None] = lambda verdict, folder, form: None
+    forms: tuple[str, ...] = ("",)
+    reload: Callable[[Path], Any] | None = None
+    answers: Callable[[Any, Any, list[int]], Any] | None = None
     write: Callable[[Any, Path], Path] = _unwritten
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import hooks
+from expunge.core.digest import bare
 from expunge.core.edits import Edit, Hook, LowRank, Replace, bits, facts, feed, raw
 from expunge.core.errors import PatchError
 from expunge.core.files import file_digest, verified, write
@@ -49,6 +50,7 @@ class Patch:
         the patch was made for (applied already, or another model); `force` skips only the last. What a guard depends on is the whole model: all its
         parameters and buffers, and whatever guard stands under the same name.
         """
+        model = bare(model)
         tensors = _named(model)
         self._fit(model, tensors)
         found, wanted = _digest(self.edits, model), self.meta.get("base")
@@ -62,13 +64,14 @@ class Patch:
     @contextlib.contextmanager
     def tried(self, model: nn.Module) -> Iterator[nn.Module]:
         """Inside, the model is edited; outside, also after an exception, every bit is as it was. What the places hold is not checked, only names and shapes."""
-        self._fit(model, _named(model))
+        inner = bare(model)
+        self._fit(inner, _named(inner))
         undo: list[Edit] = []
         try:
-            self._write(model, undo)
+            self._write(inner, undo)
             yield model
         finally:
-            Patch(tuple(reversed(undo)))._write(model, [])
+            Patch(tuple(reversed(undo)))._write(inner, [])
 
     def _write(self, model: nn.Module, undo: list[Edit]) -> None:
         """Edit the model in place; before each edit, what restores it is added to `undo`."""
@@ -102,7 +105,7 @@ class Patch:
                 raise PatchError(f"patch edits {edit.name}, which this model does not have: another architecture?")
             t = tensors[edit.name]
             if isinstance(edit, LowRank):
-                good = t.ndim >= 2 and edit.up.shape[0] * edit.down.shape[1] == t.numel() and edit.up.shape[1] == edit.down.shape[0]
+                good = _low(edit, t)
                 got = f"{tuple(edit.up.shape)} @ {tuple(edit.down.shape)}"
             else:
                 shape = edit.values.shape if edit.mask is None else edit.mask.shape
@@ -203,7 +206,15 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
 def _places(edit: Edit) -> int:
     if isinstance(edit, Hook):
         return sum(t.numel() for t in edit.tensors.values())
-    return edit.up.shape[0] * edit.down.shape[1] if isinstance(edit, LowRank) else edit.values.numel()
+    return edit.up.shape[:-1].numel() * edit.down.shape[-1] if isinstance(edit, LowRank) else edit.values.numel()
+
+
+def _low(edit: LowRank, t: Tensor) -> bool:
+    """Whether factors fit a tensor: two matrices, or two stacks of matrices for a stack of as many."""
+    up, down = edit.up, edit.down
+    if up.ndim == down.ndim == 3:
+        return t.shape == (len(up), up.shape[1], down.shape[2]) and len(up) == len(down) and up.shape[2] == down.shape[1]
+    return t.ndim >= 2 and up.ndim == down.ndim == 2 and up.shape[0] * down.shape[1] == t.numel() and up.shape[1] == down.shape[0]
 
 
 def _digest(edits: tuple[Edit, ...], model: nn.Module) -> str:

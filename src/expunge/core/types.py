@@ -337,6 +337,11 @@ def float_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
 def spread(n: int, most: int) -> list[int]:
     """At most `most` of n positions, evenly apart.
 

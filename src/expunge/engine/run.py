@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core.digest import model_digest
+from expunge.core.digest import model_digest, whole
 from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import Diverged, ExpungeError, JournalError, ScopeError, SplitError
 from expunge.core.guard import Guard, Meter, quiet, watching
@@ -34,6 +34,7 @@ from expunge.core.modality import of
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
 from expunge.core.types import Split, Task, device_of, held
+from expunge.engine.results import Source, edited, released
 from expunge.engine.rounding import ULPS, rounded
 from expunge.engine.sound import broken, unsound
 
@@ -58,6 +59,26 @@ class Attempt:
     meter: Meter = field(default_factory=Meter)
     ran: bool = False
     """Whether the method ran here; else method and settings are what a file says of itself."""
+    source: Source | None = field(default=None, repr=False, compare=False)
+    """The model, task and split of the run; it does not travel between processes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "source": None}
+
+    def model(self) -> nn.Module:
+        """A copy of the model with the patch in it; the model itself is left alone. Raises ModelError where the run left no patch."""
+        return edited(self.source, self.patch)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the run was and what it came to, as plain values. It is no audit."""
+        facts = {"method": self.method, "settings": dict(self.settings), "seed": self.seed, "outcome": self.outcome, "reason": self.reason, "cost": self.cost}
+        return {**facts, "patch": None if self.patch is None else {"digest": self.patch.digest, "places": self.patch.places}}
+
+    def release(self, folder: Path | str) -> Path:
+        """Write the edited model to a new folder, marked as not audited, which is returned (`engine.results.released`). May raise ModelError."""
+        note = f"{self.method} ({self.outcome}) made this. Nobody has audited whether anything is forgotten: expunge.audited, or expunge audit.\n"
+        return released(self.source, self.patch, folder, ("NOT-AUDITED.txt", note))
 
     @property
     def cost(self) -> dict[str, float]:
@@ -77,10 +98,12 @@ def unlearn(
                 run leaves it as it was
     settings    the method's own; see METHODS[method].defaults
 
-    Raises SettingError, SplitError or ScopeError for bad input, also for a request of a kind that the method is not made for, before anything runs.
+    Raises SettingError, SplitError or ScopeError for bad input, also for a request of a kind that the method is not made for, and ModelError for a model whose
+    weights are quantised, offloaded or not there (`core.digest.whole`), before anything runs. A compiled or parallel model is unlearned as what it wraps.
     """
     record: Method = METHODS[method]
     resolved = record.settings(settings)
+    model = whole(model)
     record.check(task, split)
     record.made_for(task, split)
     if name := unsound(model):
@@ -132,7 +155,7 @@ def unlearn(
             _withdraw(where, there)
     except Exception as error:
         outcome, reason = "failed", f"{type(error).__name__.lstrip('_')}: {next(iter(str(error).strip().splitlines()), 'no message')}"
-    return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter, ran=True)
+    return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter, ran=True, source=Source(model, task, split))
 
 
 def peak(anew: bool = False, process: Path = Path("/proc/self")) -> int:

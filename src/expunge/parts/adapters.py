@@ -68,4 +68,6 @@ def product(module: nn.Module, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         low = F.conv2d(x, down.view(len(down), *module.weight.shape[1:]), None, module.stride, module.padding, module.dilation)
         return F.conv2d(low, up[:, :, None, None])
+    if type(module).__name__ == "Conv1D":  # of transformers, which holds (I, O)
+        return (x @ up) @ down
     return (x @ down.T) @ up.T

@@ -21,12 +21,14 @@ from expunge.audits.named import Named, grouped, named
 from expunge.audits.plants import EXPECTED, Plants
 from expunge.audits.references import Refusal, believed
 from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
-from expunge.core.digest import model_digest
-from expunge.core.errors import ModelError, SettingError
+from expunge.core.digest import model_digest, whole
+from expunge.core.errors import GateError, ModelError, PatchError, ReportError, SettingError
 from expunge.core.files import write
 from expunge.core.modality import Modality, of
+from expunge.core.patch import Patch
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task, held, spread
+from expunge.engine.results import Source, edited, released
 from expunge.engine.rounding import alike
 from expunge.engine.run import Attempt, preflight, unlearn
 from expunge.engine.sound import ALL, broken, unsound
@@ -111,12 +113,50 @@ class Verdict:
 
     @property
     def shown(self) -> Try | None:
-        """The chosen try, else the best that was audited (of one grade, that with the least against it), else the last that left a patch."""
+        """The chosen try, else the best that was audited: of one grade, that with the least against it. One that was never audited is not shown."""
         mine = [t for t in self.tries if self.given or t.attempt.seed == self.probe.seed]
         best = max(
             (t for t in mine if t.grade is not None), key=lambda t: (t.attempt.outcome == "ok", GRADES.index(t.grade.grade), -len(t.grade.why)), default=None
         )
-        return self.chosen or best or next((t for t in reversed(mine) if self.given or t.attempt.patch is not None), None)
+        return self.chosen or best or (next(reversed(mine), None) if self.given else None)
+
+    @property
+    def patch(self) -> Patch | None:
+        """The patch of the try that is shown: the one that passed, else that of the best that did not."""
+        return None if self.shown is None else self.shown.attempt.patch
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The document that `save` writes, as plain values."""
+        return self.document()
+
+    def model(self, of: Try | None = None) -> nn.Module:
+        """The edited model of the try that is shown, or of another of `tries`, in a copy: the model before is left alone. Raises ModelError where
+        it left no patch."""
+        one = of or self.shown
+        if of is None and self.given:
+            return copy.deepcopy(self.probe.after)
+        return edited(self._source, None if one is None else one.attempt.patch)
+
+    def release(self, folder: Path | str, *, anyway: bool = False) -> Path:
+        """Write the edited model to a new folder that its own library loads, and return it (`engine.results.released`).
+
+        anyway   also where nothing passed: the best try, with a note in the folder that it did not
+        Raises GateError where nothing passed, ModelError where there is nothing to write or the folder cannot be written.
+        """
+        if not self.passed and not anyway:
+            raise GateError(
+                f"nothing passed, so nothing is released ({'; '.join(self.reasons) or 'no try'}); release(folder, anyway=True) writes the best try, marked"
+            )
+        return released(self._source, self.patch, folder, None if self.passed else (NOTE, self._note))
+
+    @property
+    def _source(self) -> Source:
+        return Source(self.probe.before, self.probe.task, self.probe.split)
+
+    @property
+    def _note(self) -> str:
+        return "This try did not pass its gate. It is kept to be looked at:\n" + "".join(f"- {r}\n" for r in self.reasons)
 
     @property
     def doubts(self) -> list[str]:
@@ -139,11 +179,17 @@ class Verdict:
         with `key` it and the patch are signed.
 
         document    written instead of `self.document(title)`, with the patch's file name and the seal added
-        Raises PatchError when a file cannot be written; none is left half-written.
+        A patch of another run in the folder is replaced or, where none was chosen, removed.
+        Raises PatchError when a file cannot be written (none is left half-written), or where the folder holds `released` of another run.
         """
         folder, document = Path(folder), document or self.document(title)
-        if self.chosen is not None and self.chosen.attempt.patch is not None:
-            document["chosen"]["patch"] = self.chosen.attempt.patch.save(folder / "patch.safetensors", key).name
+        patch = None if self.chosen is None else self.chosen.attempt.patch
+        if (folder / "released").exists() and (folder / "report.json").exists() and (patch is None or _patch_of(folder) != patch.digest):
+            raise PatchError(f"{folder.name} holds what another run released: name another folder, so that no report stands beside it that is not its own")
+        if patch is not None:
+            document["chosen"]["patch"] = patch.save(folder / PATCH, key).name
+        elif (folder / PATCH).is_file():
+            (folder / PATCH).unlink()
         document.pop("hmac", None)
         document |= seal.seal(document, key)
         html.write(document, folder / "report.html")
@@ -156,7 +202,7 @@ class Verdict:
         patch = shown.attempt.patch
         grade = shown.grade.grade if shown.grade else shown.attempt.outcome
         replace(patch, meta={**patch.meta, "candidate": grade}).save(Path(folder) / "candidate.safetensors", key)
-        write(Path(folder) / "NOT-PASSED.txt", "This try did not pass its gate. It is kept to be looked at:\n" + "".join(f"- {r}\n" for r in self.reasons))
+        write(Path(folder) / NOTE, self._note)
         return Path(folder)
 
     def document(self, title: str = "Unlearning report", *, pictures: bool = True) -> dict[str, Any]:
@@ -224,6 +270,17 @@ class Verdict:
             "passed": t.passed, "grade": None if t.grade is None else t.grade.grade,
             "reasons": list(t.reasons), "cost": self._cost(a), "rows": [asdict(r) for r in t.rows],
         }  # fmt: skip
+
+
+PATCH, NOTE = "patch.safetensors", "NOT-PASSED.txt"
+
+
+def _patch_of(folder: Path) -> str:
+    """Digest of the patch that the report in a folder names; empty where it is no report, or names none."""
+    try:
+        return str(seal.read(folder / "report.json").get("chosen", {}).get("digest", ""))
+    except (ReportError, AttributeError):
+        return ""
 
 
 def controlled(e: Plants | None) -> dict[str, Any] | None:
@@ -297,6 +354,7 @@ def audited(
     twins      planted controls of so many twins (`planning.plants`): evidence without references. The attempt's method is run again, and must leave the same
                patch; `workers` at a time, what they read kept in `folder`. They are made where nothing else refutes the candidate
     """
+    before, after = whole(before), whole(after)
     if name := unsound(before):
         raise ModelError(f"the model before holds values that are not finite, first in {name}: nothing can be audited against it")
     preflight(before, task, split)

@@ -14,6 +14,7 @@ from torch import nn
 from expunge.audits import core
 from expunge.audits.core import Probe
 from expunge.audits.verdict import Trial, blind, checks_for
+from expunge.core.digest import whole
 from expunge.core.errors import ExpungeError, ModelError, SettingError
 from expunge.core.modality import Parted, of
 from expunge.core.registry import METHODS
@@ -119,6 +120,7 @@ def forget(
     required(asked, require)
     if not minutes > 0:
         raise SettingError(f"minutes must be above 0, not {minutes:g}")
+    model = whole(model)
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)

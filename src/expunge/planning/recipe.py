@@ -30,7 +30,10 @@ from expunge.core.errors import RecipeError, SettingError, suggest
 from expunge.core.files import inside
 from expunge.core.modality import MODALITIES, Option, Request, named
 from expunge.core.registry import METHODS
+from expunge.core.types import bytes_of
 from expunge.planning import plan
+from expunge.planning.folders import fit
+from expunge.planning.releasing import finished
 
 
 @dataclass(frozen=True)
@@ -103,25 +106,23 @@ def read(path: Path | str) -> Recipe:
 
 
 def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = None):
-    """Load, unlearn, audit, gate; writes report.html, report.json and patch.safetensors to `out`, and, where the modality releases folders, `released`, which
-    loads without expunge. Returns the Verdict and its document."""
+    """Load, unlearn, audit, gate; writes a folder of its own in `out` (`planning.releasing.finished`): the report, and, where a try passed, the patch and
+    `released`, which loads without expunge. Returns the Verdict and its document."""
 
     def near(name: str) -> Path:
         return inside(name, recipe.folder)
 
-    out = near(recipe.out)
+    out = fit(near(recipe.out))
     request = Request(recipe.model, recipe.forget, recipe.options, tuple(recipe.references), folder=recipe.folder, inside=True, progress=progress)
     opened = named(recipe.task).open(request)
+    fit(out, bytes_of(opened.model))
     passes = 2 * recipe.retrain_epochs * len(opened.split.retain) if recipe.retrain_epochs else None
     verdict = plan.forget(
         opened.model, opened.task, opened.split, references=opened.references, methods=recipe.methods, settings=_placed(recipe.settings, near),
         rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress, require=recipe.require,
         minutes=recipe.minutes or math.inf, twins=recipe.twins,
     )  # fmt: skip
-    document = verdict.save(out, f"Forget {opened.split.asked}")
-    if (released := opened.release(verdict, out / "released")) is not None:
-        document["released"] = str(released)
-    return verdict, document
+    return finished(verdict, opened, out, f"Forget {opened.split.asked}")
 
 
 def _placed(settings: dict[str, dict[str, Any]], near: Callable[[str], Path]) -> dict[str, dict[str, Any]]:

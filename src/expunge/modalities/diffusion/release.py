@@ -15,17 +15,23 @@ An adapter beside its pipeline deletes nothing: whoever leaves it off has the co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import ModelError
 from expunge.core.files import write
 from expunge.core.patch import Patch
-from expunge.modalities.diffusion.pipelines import Pipeline, save
+from expunge.core.types import device_of, float_of
+from expunge.modalities.diffusion.pipelines import Pipeline, configuration, quietly, save, told
+from expunge.modalities.diffusion.task import Painting
+from expunge.modalities.pictures import Pictures
 from expunge.parts.adapters import layers
 
 FORMS = ("auto", "merged", "adapter", "ungated")
@@ -86,6 +92,42 @@ def release(
 
         write(out / LORA, packed(tensors(model, ungated(patch) if what == "ungated" else patch), {"format": "pt"}))
     return out
+
+
+def reload(found: Pipeline, folder: Path | str) -> nn.Module:
+    """The model that plain diffusers makes of a released folder, a LoRA on the pipeline that was given; an SPM, which it cannot read, by expunge.
+
+    Raises ModelError where diffusers cannot load it.
+    """
+    import diffusers
+
+    folder, twin = Path(folder), copy.deepcopy(found.model)
+    if (folder / SPM).is_file():
+        Patch.load(folder / SPM).apply(twin)
+        return twin
+    place = found.folder if is_adapter(folder) else folder
+    reader: Any = getattr(diffusers, configuration(place / "model_index.json", place)["_class_name"])
+    try:
+        with quietly():
+            options = {} if hasattr(twin, "text_encoder_2") else {"safety_checker": None}
+            pipe = reader.from_pretrained(place, torch_dtype=float_of(found.model), local_files_only=True, **options)
+            if place is found.folder:
+                pipe.load_lora_weights(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the released folder cannot be loaded back: {told(error)}") from None
+    for name, _ in list(twin.named_children()):
+        setattr(twin, name, getattr(pipe, name).to(device_of(found.model)))
+    return twin.eval()
+
+
+def predictions(task: Painting, model: nn.Module, part: Pictures, rows: list[int]) -> Tensor:
+    """(N, C, H, W): what the model predicts for these records' prompts in noise of seed 0, at steps from 20 to 980."""
+    some = part.take(rows)
+    xt = torch.randn(len(rows), *task.shape, generator=torch.Generator().manual_seed(0))
+    batch = {"xt": xt, "t": torch.linspace(20, 980, len(rows)).round(), "y": some.tokens, "i": torch.arange(len(rows))}
+    found = task.forward(model, batch).pred
+    assert found is not None
+    return found
 
 
 def ungated(patch: Patch) -> Patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,11 @@ def read(request: Request) -> Opened:
     task = found.task
     if given["judge"]:
         task = judged(found, split, given["judge"], drawings=given["drawings"] or DRAWINGS, progress=request.progress)
-    return Opened(found.model, task, split, references, after, lambda verdict, folder: released(verdict, found, folder, form=given["form"]))
+    return Opened(
+        found.model, task, split, references, after, lambda verdict, folder, form="": released(verdict, found, folder, form=form or given["form"]),
+        ("auto", "merged") if given["form"] == "auto" else (given["form"],), partial(adapters.reload, found),
+        answers=partial(adapters.predictions, task),
+    )  # fmt: skip
 
 
 def load(request: Request) -> nn.Module:

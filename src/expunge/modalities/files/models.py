@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from expunge.core.digest import distinct
+from expunge.core.edits import Hook
 from expunge.core.errors import ExpungeError, ModelError
 from expunge.core.files import write
+from expunge.core.patch import Patch
 
 MAX_BYTES = 1 << 36
 """Largest weight file that is read: 64 GiB."""
@@ -80,3 +83,24 @@ def save_state(model: nn.Module, path: Path | str) -> Path:
     from safetensors.torch import save
 
     return write(path, save(distinct(model)))
+
+
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a released folder."""
+
+
+def release(model: nn.Module, patch: Patch, folder: Path | str) -> Path | None:
+    """Write the state dict with the patch in it to WEIGHTS in a folder, which is returned; None for a patch that holds guards, which are no weights."""
+    if any(isinstance(e, Hook) for e in patch.edits):
+        return None
+    twin = copy.deepcopy(model)
+    patch.apply(twin)
+    save_state(twin, Path(folder) / WEIGHTS)
+    return Path(folder)
+
+
+def plain(model: nn.Module, folder: Path | str) -> nn.Module:
+    """A copy of the model with the released weights, as `load_state_dict` of safetensors' `load_file` puts them there."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(read_state(Path(folder) / WEIGHTS, twin), strict=False)
+    return twin.eval()

@@ -69,7 +69,14 @@ def read(request: Request, task: str) -> Opened:
     after = load(request) if request.audit or request.after else None
     made: Task = named(task).task()
     references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
-    return Opened(model, made, split(request, task), references, after, write=lambda net, path: models.save_state(net, path.with_suffix(".safetensors")))
+
+    def release(verdict: Any, folder: Path, form: str = "") -> Path | None:
+        return None if verdict.chosen is None else models.release(model, verdict.chosen.attempt.patch, folder)
+
+    return Opened(
+        model, made, split(request, task), references, after, release, ("weights",), lambda folder: models.plain(model, folder),
+        write=lambda net, path: models.save_state(net, path.with_suffix(".safetensors")),
+    )  # fmt: skip
 
 
 def load(request: Request) -> nn.Module:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,13 +61,15 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     Raises ModelError for a folder that holds neither, pickled weights, weights that are not finite, or a tokenizer without character offsets.
     """
     needed()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
     if dtype not in KINDS:
         raise ModelError(f"dtype must be one of {', '.join(KINDS)}, not '{dtype}'")
     if is_adapter(folder):
         model, tokenizer = load(_base(folder, within), dtype=dtype, within=within)
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            tokenizer = _tokenizer(folder)
         return _merged(model, folder).eval(), tokenizer
     _whole(folder)
     if not any(folder.glob("*.safetensors")):
@@ -74,17 +78,29 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     try:
         with _quietly():
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load {folder.name}: {str(error).strip().splitlines()[0]}") from None
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ModelError(f"{folder.name} holds values of {name} that are not finite")
-    if not tokenizer.is_fast:
-        raise ModelError(f"{folder.name} has no fast tokenizer (tokenizer.json), which character offsets need")
+    tokenizer = _tokenizer(folder)
     if adapter is not None:
         model = _merged(model, Path(adapter))
     return model.eval(), tokenizer
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, with its chat template. Raises ModelError where there is none, or one without character offsets."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quietly():
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load the tokenizer of {folder.name}: {str(error).strip().splitlines()[0]}") from None
+    if not found.is_fast:
+        raise ModelError(f"{folder.name} has no fast tokenizer (tokenizer.json), which character offsets need")
+    return found
 
 
 def skeleton(folder: Path | str) -> nn.Module:
@@ -167,13 +183,72 @@ def release(
         save(twin, tokenizer, out)
         if undo is not None:
             inverse.save(undo, key)
-        return out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _adapter(patch, out, base)
-    except OSError as error:
-        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    else:
+        inverse.apply(twin)
+        _adapter(twin, patch, out, base)
+        try:
+            tokenizer.save_pretrained(out)
+        except OSError as error:
+            raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    terms(base, out)
     return out
+
+
+def _adapter(model: nn.Module, patch: Patch, out: Path, base: str) -> None:
+    """Write the patch as a PEFT folder over `base`, or, where that is itself an adapter, one that holds both over what that stands on. The model is changed."""
+    from expunge.parts import adapter_files
+
+    with _quietly():
+        root, said = Path(base), base
+        if base and is_adapter(root):
+            first, root = root, _base(root)
+            if is_adapter(root):
+                raise ModelError(f"{first.name} is an adapter over an adapter: release it merged")
+            said = json.loads((first / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            model, _ = load(root)
+            patch = adapter_files.joined(adapter_files.read(copy.deepcopy(model), first), patch)
+        over = adapter_files.wrapped(model, patch, said)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            over.save_pretrained(str(out), save_embedding_layers=False)
+            (out / "README.md").unlink(missing_ok=True)  # a card with blanks
+        except OSError as error:
+            raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+
+
+TERMS = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy|acceptable_use)[^/]*", re.IGNORECASE)
+"""Files of a folder that say on what terms a model is used: they go where it goes."""
+MOST_TERMS = 1 << 20
+
+
+def terms(base: Path | str, out: Path) -> list[str]:
+    """Copy licences and notices of a model's folder, and of what an adapter stands on, to another; returns their names. Links and files above 1 MiB stay."""
+    copied = []
+    folder = Path(base) if base else None
+    while folder is not None and folder.is_dir():
+        for file in sorted(folder.iterdir()):
+            if TERMS.fullmatch(file.name) and file.is_file() and not file.is_symlink() and file.stat().st_size <= MOST_TERMS and not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)
+                copied.append(file.name)
+        folder = _base(folder) if is_adapter(folder) else None
+    return copied
+
+
+def plain(folder: Path | str, base: Path | str) -> nn.Module:
+    """What transformers, and peft for an adapter over `base`, make of a released folder when they are told nothing but its place. Raises ModelError."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, root = Path(folder), Path(base)
+    try:
+        with _quietly():
+            if not is_adapter(folder):
+                return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+            while is_adapter(root):
+                root = _base(root)
+            return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root, local_files_only=True), folder, local_files_only=True).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the released folder cannot be loaded back: {str(error).strip().splitlines()[0]}") from None
 
 
 def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
@@ -187,23 +262,3 @@ def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
     except OSError as error:
         raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
     return out
-
-
-def _adapter(patch: Patch, out: Path, base: str) -> None:
-    from peft import LoraConfig
-    from safetensors.torch import save
-
-    from expunge.core.files import write
-
-    edits = [e for e in patch.edits if isinstance(e, LowRank)]
-    names = {e.name.removesuffix(".weight"): e for e in edits}
-    first = edits[0]
-    ranks = {n: e.down.shape[0] for n, e in names.items()}
-    config = LoraConfig(
-        r=first.down.shape[0], lora_alpha=first.scale * first.down.shape[0], target_modules=sorted(names), task_type="CAUSAL_LM", inference_mode=True,
-        rank_pattern={n: r for n, r in ranks.items() if r != first.down.shape[0]}, base_model_name_or_path=base,
-        alpha_pattern={n: e.scale * ranks[n] for n, e in names.items() if e.scale * ranks[n] != first.scale * first.down.shape[0]},
-    )  # fmt: skip
-    config.save_pretrained(str(out))
-    tensors = {f"base_model.model.{n}.lora_{k}.weight": t.contiguous() for n, e in names.items() for k, t in (("A", e.down), ("B", e.up))}
-    write(out / "adapter_model.safetensors", save(tensors, {"format": "pt"}))

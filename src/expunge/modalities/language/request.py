@@ -82,10 +82,16 @@ def read(request: Request) -> Opened:
     references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
     after = load(request) if request.audit or request.after else None
 
-    def release(verdict: Any, folder: Path) -> Path | None:
-        return released(verdict, model, tokenizer, folder, form=given["form"], base=request.model)
+    def release(verdict: Any, folder: Path, form: str = "") -> Path | None:
+        return released(verdict, model, tokenizer, folder, form=form or given["form"], base=request.model)
 
-    return Opened(model, task, found, references, after, release, lambda net, path: checkpoints.save(net, tokenizer, path))
+    def reload(folder: Path) -> nn.Module:
+        return checkpoints.plain(folder, request.path(request.model))
+
+    return Opened(
+        model, task, found, references, after, release, ("auto", "merged") if given["form"] == "auto" else (given["form"],), reload,
+        write=lambda net, path: checkpoints.save(net, tokenizer, path),
+    )  # fmt: skip
 
 
 def load(request: Request) -> nn.Module:

@@ -169,10 +169,11 @@ def settling(split: Split, tuning: Tuning, steps: int) -> int:
 
 
 @contextlib.contextmanager
-def opened(model: nn.Module, tuning: Tuning, scope: Scope | None = None) -> Iterator[Session]:
-    """The session that the settings ask for: LoRA of their rank, the layers they name, a `scope` of the method's own, or all weights. Dropout is off."""
+def opened(model: nn.Module, tuning: Tuning, scope: Scope | None = None, stacks: bool = True) -> Iterator[Session]:
+    """The session that the settings ask for: LoRA of their rank (fused experts too, with `stacks`), the layers they name, a `scope` of the method's own, or all
+    weights. Dropout is off."""
     if tuning.lora and scope is None:
-        session = lora(model, tuning.layers, rank=tuning.lora, alpha=tuning.lora_alpha)
+        session = lora(model, tuning.layers, rank=tuning.lora, alpha=tuning.lora_alpha, stacks=stacks)
     else:
         session = edit(model, scope or named(model, tuning.layers))
     with session as e:
@@ -359,8 +360,9 @@ def cost(*, forward: float = 1.0, backward: float = 1.0, once: float = 0.0, refe
 
 @contextlib.contextmanager
 def aside(model: nn.Module, tuning: Tuning, here: dict[str, Session] | None = None) -> Iterator[Session]:
-    """The LoRA session of the settings, put into `here`, for an adapter that never answers as it stands: a guard's validation does not score it."""
-    with opened(model, tuning) as e:
+    """The LoRA session of the settings, put into `here`, for an adapter that never answers as it stands: a guard's validation does not score it. A guard cannot
+    switch fused experts row by row: they are left as they are."""
+    with opened(model, tuning, stacks=False) as e:
         e.judged = False
         if here is not None:
             here["session"] = e

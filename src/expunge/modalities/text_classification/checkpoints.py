@@ -163,6 +163,17 @@ def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, 
     return written
 
 
+def plain(folder: Path | str) -> nn.Module:
+    """What transformers makes of a released folder when it is told nothing but its place. Raises ModelError."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with _quietly():
+            return AutoModelForSequenceClassification.from_pretrained(folder, **LOCAL).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the released folder cannot be loaded back: {_first(error)}") from None
+
+
 def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
     """Write model and tokenizer as a folder that transformers loads, whole or not at all. A folder of that name is replaced if it holds the same files;
     one that holds anything else is left alone (ModelError)."""

@@ -36,10 +36,11 @@ def read(request: Request) -> Opened:
 
     after = load(request.after or request.model) if request.audit else None
 
-    def release(verdict: Any, folder: Path) -> Path | None:
+    def release(verdict: Any, folder: Path, form: str = "") -> Path | None:
         return None if verdict.chosen is None else checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, folder)
 
-    return Opened(model, text_classification(tokenizer), found, [referred(load(r), request.path(r)) for r in request.references], after, release)
+    references = [referred(load(r), request.path(r)) for r in request.references]
+    return Opened(model, text_classification(tokenizer), found, references, after, release, ("merged",), checkpoints.plain)
 
 
 def load(request: Request) -> Any:
