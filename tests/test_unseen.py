@@ -45,6 +45,11 @@ def test_p_is_that_of_all_ways_to_name_them(n):
         assert value == pytest.approx(float(better(mine, others).mean())) and p == pytest.approx(exact(mine, others), abs=1e-9)
 
 
+def test_many_records_against_few_unseen_ones_are_counted_whole():
+    """12 against 2: 91 ways, one of them as it is."""
+    assert unseen.tested(torch.zeros(12), torch.zeros(12), torch.ones(2), torch.zeros(2))[2] == pytest.approx(1 / 91)
+
+
 def test_p_is_that_of_mann_and_whitney_and_forms_are_kept_apart():
     from scipy.stats import mannwhitneyu
 

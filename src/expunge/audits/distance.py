@@ -176,7 +176,7 @@ def nearness(p: Probe) -> list[Row]:
     """gap_closed.margin: `closed` of the margins on forget. It needs one reference; KLOM, which scales each record by its own spread, needs three."""
     references = torch.stack([p.scores(f"reference{k}", "forget").margin for k in range(len(p.references))])
     after, before = (p.scores(which, "forget").margin for which in ("after", "before"))
-    u, small = same_form(p), few(p.split.forget)
+    u, small = same_form(p), few(p.split)
     floor = None
     if u is not None and (small or len(references) == 1):
         floor = apart(p, lambda m: read(p, u, m).margin)

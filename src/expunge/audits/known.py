@@ -14,14 +14,17 @@ from expunge.audits.core import Probe, Row
 from expunge.audits.drop import paired
 from expunge.core.registry import check
 from expunge.core.stats import Z
+from expunge.core.types import Split
 
-FEW, FEW_LABELS = 20, 30
-"""Requests of fewer texts, or of fewer records with a label, have intervals from the spread of unseen ones; texts are then read by whole answers."""
+FEW, FEW_ALONE, FEW_LABELS = 20, 10, 30
+"""Requests of fewer texts (the second: where no unseen ones are at hand), or of fewer records with a label, have intervals from the spread of unseen ones;
+texts are then read by whole answers."""
 
 
-def few(data: Any) -> bool:
-    """Whether a request for these records is read as one of few."""
-    return len(data) < (FEW if hasattr(data, "targets") else FEW_LABELS)
+def few(split: Split) -> bool:
+    """Whether a request is read as one of few."""
+    texts = FEW if split.test is not None else FEW_ALONE
+    return len(split.forget) < (texts if hasattr(split.forget, "targets") else FEW_LABELS)
 
 
 def probability(nll: Tensor, data: Any, whole: bool = False) -> Tensor:
@@ -33,7 +36,7 @@ def probability(nll: Tensor, data: Any, whole: bool = False) -> Tensor:
 def known(p: Probe) -> list[Row]:
     """known.forget: mean probability of forget's labels (texts: per token of the answers, of whole answers for few of them); known.excess: the same
     above the mean of references, for few records with the spread of that difference over unseen records of the same form (`audits.unseen`)."""
-    small = few(p.split.forget)
+    small = few(p.split)
 
     def read(model: nn.Module) -> Tensor:
         return probability(p.seen(model, "forget").nll, p.split.forget, small)

@@ -11,6 +11,7 @@ p        share of the ways to name as many of the pooled units of each form the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,7 +115,7 @@ def tested(mine: Tensor, form: Tensor, others: Tensor, other: Tensor, seed: int 
         pooled = torch.cat([a, b])
         ranks = (torch.searchsorted(pooled.sort().values, pooled) + torch.searchsorted(pooled.sort().values, pooled, right=True) + 1).double() / 2
         if whole:
-            drawn = torch.combinations(torch.arange(len(pooled)), len(a)) if len(a) > 1 else torch.arange(len(pooled))[:, None]
+            drawn = torch.tensor(list(itertools.combinations(range(len(pooled)), len(a))))
         else:
             drawn = torch.rand(draws, len(pooled), generator=g).topk(len(a), 1).indices
         wins = len(a) - (ranks[drawn].sum(1) - len(a) * (len(a) + 1) / 2) / len(b)

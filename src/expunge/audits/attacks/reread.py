@@ -128,7 +128,7 @@ def _reading(p: Probe) -> Reading | None:
         stays = float(right.mean()) if len(right) else 0.0
         return _topped(p, Reading(whole, len(data), "class", gone=chance, why=f"chance, {chance:.3g}", stays=stays))
     forget, unseen = some(p.split.forget, MOST), None
-    if few(forget) and (u := same_form(p)) is not None and first.logits is not None:
+    if few(p.split) and (u := same_form(p)) is not None and first.logits is not None:
         why = "the probability of unseen records given as wrong a label after the same repair"
         rows = spread(len(u.data), MOST)
         tail = Unseen(u.data.take(rows), u.form[rows], u.mine)
@@ -150,7 +150,7 @@ def _reading(p: Probe) -> Reading | None:
 
 
 def _texts(p: Probe) -> Reading:
-    forget, u, small = some(p.split.forget, MOST // 4), same_form(p), few(p.split.forget)
+    forget, u, small = some(p.split.forget, MOST // 4), same_form(p), few(p.split)
     if u is None:
         return _topped(p, Reading(forget, len(forget), "whole" if small else "tokens", gone=0.0, why="0: there are no unseen texts"))
     rows, why = spread(len(u.data), MOST // 4), "the probability of unseen texts after the same repair"
@@ -219,7 +219,7 @@ def regained(p: Probe, r: Reading, name: str, read: Callable[[nn.Module], Scores
     if top - gone < LEAST:
         return Row(name, math.nan, -math.inf, math.inf, r.n, f"{note}: nothing to bring back")
     row = above(name, mine, rest, note, top - gone)
-    if not few(p.split.forget):
+    if not few(p.split):
         return row
     half = Z * r.noise(scores, others) / r.n**0.5 / (top - gone)
     return replace(row, low=row.value - half, high=row.value + half, note=f"{note}; interval by the spread of unseen records")

@@ -58,7 +58,8 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     """(model in eval mode, tokenizer) of a folder. `dtype`: auto (as stored), float32 or bfloat16. `adapter`: a PEFT folder merged into it. `within`: the
     folder that the base of an adapter may not leave.
 
-    Raises ModelError for a folder that holds neither, pickled weights, weights that are not finite, or a tokenizer without character offsets.
+    Raises ModelError for a folder that holds neither, or another kind of model, pickled weights, weights that are not there or not finite, or a tokenizer
+    without character offsets. Nothing is drawn at random.
     """
     needed()
     from transformers import AutoModelForCausalLM
@@ -77,9 +78,14 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quietly():
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name what does not fit
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
+            model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load {folder.name}: {str(error).strip().splitlines()[0]}") from None
+    if names := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ModelError(f"{folder.name} lacks {names[0]}{more}, or holds another shape of it: such weights would be drawn at random, other ones each time")
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ModelError(f"{folder.name} holds values of {name} that are not finite")
@@ -130,6 +136,15 @@ def _whole(folder: Path) -> None:
         raise ModelError(f"no folder {folder}; name one that save_pretrained wrote")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot read config.json of {folder.name}: {error}") from None
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
+    if kinds and not known.intersection(map(str, kinds)):
+        raise ModelError(f"{folder.name} holds {kinds[0]}, no causal language model: it would be read as another model than it is")
 
 
 def _base(folder: Path, within: Path | None = None) -> Path:
@@ -152,9 +167,13 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder.name} holds no adapter_model.safetensors")
     try:
-        with _quietly():
+        with _quietly(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*", category=UserWarning)
             merged: nn.Module = PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()  # pyright: ignore
             return merged.requires_grad_(True)
+    except UserWarning as error:
+        name = str(error).partition("[")[2].partition("]")[0].split(",")[0].strip(" '\"") or "some"
+        raise ModelError(f"adapter {folder.name} lacks weights that its configuration names, {name} first: it would be read without them") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot put adapter {folder.name} on the model: {str(error).strip().splitlines()[0]}") from None
 
