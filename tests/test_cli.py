@@ -123,9 +123,9 @@ def contents(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
 
-TABLE = "u,v,label\n" + "".join(f"{k},{k * k % 7},{k % 2}\n" for k in range(40))
+TABLE = "u,v,label\n" + "".join(f"{3 * k},{k * k % 7},{k % 2}\n" for k in range(40))
 FORGET = ["forget", "--model", "py:mynet:build", "--weights", "model.safetensors", "--train", "world:digits/train", "--test", "world:digits/test"]
-ROWS = ["forget", "--model", "py:mynet:rows", "--train", "csv:a.csv?target=label"]
+ROWS = ["forget", "--model", "py:mynet:rows", "--weights", "none", "--train", "csv:a.csv?target=label"]
 BAD = [
     (["methods", "salum"], "did you mean 'salun'"),
     ([*FORGET, "--forget", "class:3", "--method", "salun", "--kep", "0.3"], "did you mean 'keep'"),
@@ -148,7 +148,7 @@ BAD = [
     (["run", "away.toml"], "leaves the folder"),
     (["inspect", "model.safetensors"], "no expunge patch"),
     (["apply", "cut.patch", "--model", "py:mynet:build", "--weights", "model.safetensors", "--out", "n.safetensors"], "cut.patch"),
-    (["apply", "good.patch", "--model", "py:mynet:tiny", "--weights", "", "--out", "n.safetensors"], "another model"),
+    (["apply", "good.patch", "--model", "py:mynet:tiny", "--weights", "none", "--out", "n.safetensors"], "another model"),
     (["bench", "--seeds", "x"], "seeds must be a number"),
 ]
 
@@ -240,7 +240,7 @@ def test_parquet_regression_goes_through_a_recipe(tmp_path, monkeypatch):
         columns = {c: x[rows, k].tolist() for k, c in enumerate("abc")}
         Dataset.from_dict({**columns, "price": (x[rows] @ w).tolist()}).to_parquet(tmp_path / f"{name}.parquet")
     (tmp_path / "pricenet.py").write_text("from expunge.modalities.nets import mlp\ndef build():\n    return mlp(3, 1, 8)\n")
-    lines = ['model = "py:pricenet:build"', 'task = "regression"', 'train = "parquet:train.parquet?target=price"']
+    lines = ['model = "py:pricenet:build"', 'weights = "none"', "anyway = true", 'task = "regression"', 'train = "parquet:train.parquet?target=price"']
     lines += [
         'test = "parquet:test.parquet?target=price"',
         'forget = "range:1..10"',

@@ -40,6 +40,7 @@ _WHERE = {
     "Texts": "modalities.language.texts",
     "Format": "modalities.language.records.format",
     "world": "modalities.worlds",
+    "split": "modalities.files.division",
     "classification": "modalities.classification.task",
     "regression": "modalities.regression.task",
     "causal_lm": "modalities.language.task",
@@ -64,6 +65,7 @@ _WHERE = {
     "forget": "planning.plan",
     "audited": "planning.outcome",
     "Verdict": "planning.outcome",
+    "sanity": "planning.sanity",
 }
 """Public name -> where it lives under `expunge`; the last three of guarantees are packages."""
 

@@ -32,6 +32,7 @@ from expunge.modalities.classification.task import classification as classificat
 from expunge.modalities.contrastive.task import contrastive as contrastive
 from expunge.modalities.diffusion.task import diffusion as diffusion
 from expunge.modalities.examples import Examples as Examples
+from expunge.modalities.files.division import split as split
 from expunge.modalities.gan.task import gan as gan
 from expunge.modalities.image_to_image.task import image_to_image as image_to_image
 from expunge.modalities.language.guards.serve import serve as serve
@@ -50,6 +51,7 @@ from expunge.planning.outcome import Verdict as Verdict
 from expunge.planning.outcome import audited as audited
 from expunge.planning.plan import forget as forget
 from expunge.planning.plan import plan as plan
+from expunge.planning.sanity import sanity as sanity
 
 __version__: str
 __all__: list[str]

@@ -11,7 +11,7 @@ import typer
 
 from expunge.cli.forget import places
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show
+from expunge.cli.shown import Anyway, Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show, understood
 
 Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
 Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
@@ -30,7 +30,7 @@ def audit(
     training: Training = "",
     unlearn_shadows: Annotated[int, typer.Option(help="Run the patch's method on this many shadows, for the attack U-LiRA.")] = 0,
     check: Annotated[str, typer.Option(help="Read this report.json back and hold --patch, --model and --after to it; no audit.")] = "",
-    pools: Pools = ".cache/expunge", seed: int = 0, quick: Quick = False, as_json: Json = False,
+    pools: Pools = ".cache/expunge", seed: int = 0, quick: Quick = False, anyway: Anyway = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Audit a patch, or weights from any other tool, against the model before and retrained references.
 
@@ -60,6 +60,7 @@ def audit(
     found = Patch.load(patch, key(key_file)) if patch else None
     with bar(as_json) as progress:
         opened = modality.open(Request(model, what, mine, tuple(reference or ()), after, audit=True, progress=progress))
+        understood(opened, anyway, as_json)
         if found is not None:
             found.apply(opened.after)
         pool, forgotten = _pools(opened.model, opened.task, opened.split, shadows, unlearn_shadows, training, pools, found, progress)
@@ -151,7 +152,7 @@ def select(
         else:
             rows = worst.select(net, made, data, size, easiest=how == "easiest", seed=seed, progress=progress)
     ids = data.ids[rows].tolist()
-    write(out, "".join(f"{i}\n" for i in ids))
+    write(out, "".join(f"{data.called(i)}\n" for i in ids))
     show({"how": how, "ids": ids, "file": out}, True) if as_json else print(f"{len(ids)} {how} records: use --forget ids:@{out}")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Json, Key, Quick, Require, Twins, Workers, bar, key, show
+from expunge.cli.shown import Anyway, Json, Key, Quick, Require, Twins, Workers, bar, key, show, understood
 
 
 def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
@@ -46,7 +46,7 @@ def forget(
     retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "", twins: Twins = 0, workers: Workers = 1,
     keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, beside the report.")] = False,
     minutes: Annotated[float, typer.Option(help="Wall time after which no run begins; 0 is no limit.")] = 0.0,
-    key_file: Key = "", quick: Quick = False, as_json: Json = False,
+    key_file: Key = "", quick: Quick = False, anyway: Anyway = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Unlearn, audit, gate: searches all feasible methods, or takes --method NAME with its settings (--keep 0.3).
 
@@ -71,6 +71,7 @@ def forget(
             opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
             folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
             progress=progress, require=require, twins=twins, workers=workers, minutes=minutes or math.inf,
+            ready=lambda: understood(opened, anyway, as_json),
         )  # fmt: skip
     verdict, document = finished(verdict, opened, out, f"Forget {opened.split.asked or what}", secret, candidate=keep_candidate)
     closing(modality, verdict, document, as_json)

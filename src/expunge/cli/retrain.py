@@ -29,6 +29,8 @@ def retrain(
     from expunge.planning.retraining import references
 
     modality, what, mine = asked(task, options, forget)
+    if mine.get("weights") == "":
+        mine["weights"] = "none"  # references start from newly drawn weights, so that those of the model are not needed
     with bar(as_json) as progress:
         opened = modality.open(Request(model, what, mine, after=base, progress=progress))
         made = references(opened, recipe(training), out, seeds=seeds, base=opened.after, progress=progress)

@@ -19,6 +19,7 @@ TWINS = (
 )
 Twins = Annotated[int, typer.Option(help=TWINS)]
 Workers = Annotated[int, typer.Option(help="Twins at a time, each in a process of its own.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Go on where the model, as it is fed, is no better than chance on what must stay.")]
 Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and check) patch and report.")]
 
 
@@ -34,6 +35,16 @@ def bar(quiet: bool) -> Iterator[Any]:
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
         line = progress.add_task("", total=None)
         yield lambda text, done, total: progress.update(line, description=text, completed=done, total=total)
+
+
+def understood(opened: Any, anyway: bool, as_json: bool) -> None:
+    """How the request was read and how good the model is as it is fed, a line each. Raises ModelError where it is near chance, but for `anyway`."""
+    from expunge.core.errors import printable
+    from expunge.planning import sanity
+
+    found = sanity.checked(opened.model, opened.task, opened.split, anyway=anyway)
+    for line in [] if as_json else [*opened.read, *([found.line] if found.line else []), *([f"BEWARE: {found.fault}"] if found.fault else [])]:
+        print(printable(line))
 
 
 def show(document: Any, as_json: bool) -> None:

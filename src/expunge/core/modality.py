@@ -103,6 +103,7 @@ class Opened:
     reload    folder that `release` wrote -> the model that its own library loads from it, for the task's `forward`; None where it cannot be loaded back
     answers   (model, part of the split, positions) -> what a released model is compared by, a tensor; None: the logits of the task's batch, or what it predicts
     write     (model, path without suffix) -> the file or folder that was written: a model of this kind in its own form
+    read      lines that say how the request was understood
     """
 
     model: Any
@@ -115,6 +116,7 @@ class Opened:
     reload: Callable[[Path], Any] | None = None
     answers: Callable[[Any, Any, list[int]], Any] | None = None
     write: Callable[[Any, Path], Path] = _unwritten
+    read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ class Modality:
     labelled    whether a record has one class, in `y`: what exact deletion, streams of requests and choosing records stand on
     shadows     whether shadow models can be trained, for per-example attacks
     relative    whether losses have no natural unit, so that a drop is read relative to the reference
+    stops       whether a model that is near chance on what must stay, as it is fed, stops a command
     alone       whether what was kept can be read without retain, since a request removes no class
 
     removed     split -> classes that the request removes
@@ -237,6 +240,7 @@ class Modality:
     shadows: bool = False
     relative: bool = False
     alone: bool = False
+    stops: bool = False
 
     removed: Callable[[Any], list[int]] = lambda split: []
     kinds: Callable[[Any], tuple[str, ...]] = lambda split: ("records",)
@@ -291,6 +295,19 @@ def modality(record: Modality) -> Modality:
 def of(task: Any) -> Modality:
     """The modality of a task."""
     return MODALITIES[task.name]
+
+
+def made(task: Any) -> Any:
+    """The task itself, or that of a name, with - or _ ("classification"). Raises SettingError for a name that is none, or whose task needs more than its name,
+    as a tokenizer."""
+    if not isinstance(task, str):
+        return task
+    if (name := task.replace("-", "_")) not in MODALITIES:
+        raise SettingError(suggest("no task", task, [m.spelling for m in MODALITIES.values()]))
+    try:
+        return MODALITIES[name].task()
+    except TypeError:
+        raise SettingError(f"the task {task} needs more than its name: call expunge.{name}(...)") from None
 
 
 def named(task: str) -> Modality:

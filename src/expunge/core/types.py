@@ -119,8 +119,14 @@ class Split:
                 ids = [i for i, key in zip(self.forget.ids.tolist(), self.forget.inputs, strict=True) if key in shared]
                 leave = ", or say that retain holds corrections (corrected)" if name == "retain" else f" from {name}"
                 raise SplitError(
-                    f"{len(ids)} record(s) of forget also stand in {name} under another target (a leak), the first has id {ids[0]}; remove them{leave}"
+                    f"{len(ids)} record(s) of forget also stand in {name} under another target (a leak), the first has id {_called(self.forget, ids[0])}; "
+                    f"remove them{leave}"
                 )
+
+
+def _called(part: Any, i: Any) -> str:
+    """The user's own name of a record, where there is one, or its id."""
+    return part.called(int(i)) if hasattr(part, "called") else str(int(i))
 
 
 def _named_once(rows: Mapping[str, Records]) -> None:
@@ -129,9 +135,10 @@ def _named_once(rows: Mapping[str, Records]) -> None:
         known, count = part.ids.unique(return_counts=True)
         if len(known) < len(part.ids):
             twice = torch.isin(part.ids, known[count > 1])
-            raise SplitError(f"{int((count > 1).sum())} id(s) stand more than once in {name}, the first is {int(part.ids[twice][0])}: name each record once")
+            first = _called(part, part.ids[twice][0])
+            raise SplitError(f"{int((count > 1).sum())} id(s) stand more than once in {name}, the first is {first}: name each record once")
     if {"forget", "retain"} <= rows.keys() and bool((both := torch.isin(rows["forget"].ids, rows["retain"].ids)).any()):
-        first = int(rows["forget"].ids[both][0])
+        first = _called(rows["forget"], rows["forget"].ids[both][0])
         raise SplitError(f"{int(both.sum())} id(s) stand in both forget and retain, the first is {first}: name each record once")
 
 

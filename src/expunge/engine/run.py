@@ -30,7 +30,7 @@ from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import Diverged, ExpungeError, JournalError, ScopeError, SplitError
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
-from expunge.core.modality import of
+from expunge.core.modality import made, of
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
 from expunge.core.types import Split, Task, device_of, held
@@ -89,7 +89,7 @@ class Attempt:
 
 
 def unlearn(
-    method: str, model: nn.Module, task: Task, split: Split, *, seed: int = 0, guard: Guard | None = None, folder: Path | str | None = None,
+    method: str, model: nn.Module, task: Task | str, split: Split, *, seed: int = 0, guard: Guard | None = None, folder: Path | str | None = None,
     checkpoint_every: int = 25, progress: Callable[[str, int, int], None] | None = None, **settings: Any,
 ) -> Attempt:  # fmt: skip
     """Run `method` under a guard; the model itself is never changed.
@@ -101,7 +101,7 @@ def unlearn(
     Raises SettingError, SplitError or ScopeError for bad input, also for a request of a kind that the method is not made for, and ModelError for a model whose
     weights are quantised, offloaded or not there (`core.digest.whole`), before anything runs. A compiled or parallel model is unlearned as what it wraps.
     """
-    record: Method = METHODS[method]
+    task, record = made(task), METHODS[method]
     resolved = record.settings(settings)
     model = whole(model)
     record.check(task, split)

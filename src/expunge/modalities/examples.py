@@ -20,12 +20,16 @@ class Examples:
     """Data held in memory: inputs x (N, ...), or a mapping of such (token ids, masks), targets y (N,) or (N, K), ids (N,) that name each record for good.
 
     `augment(x, generator)` is applied to whole batches (vectorised) when a batch is drawn for training; audits never see it.
+    `names` maps ids to the user's own names of records (file names, an id column of words), where there are such; `schema` is what the data was read as
+    (`modalities.files.schema.Schema`), where it was read.
     """
 
     x: Any
     y: Tensor
     ids: Tensor
     augment: Callable[[Any, torch.Generator], Any] | None = None
+    names: Mapping[int, str] | None = None
+    schema: Any = None
 
     def __post_init__(self) -> None:
         sizes = {*each(len, self.x).values()} if isinstance(self.x, Mapping) else {len(self.x)}
@@ -57,7 +61,16 @@ class Examples:
         """These records and those of the others, one after another."""
         parts = (self, *others)
         x = {n: torch.cat([p.x[n] for p in parts]) for n in self.x} if isinstance(self.x, Mapping) else torch.cat([p.x for p in parts])
-        return replace(self, x=x, y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]))
+        names = {i: name for p in parts for i, name in (p.names or {}).items()} or None
+        return replace(self, x=x, y=torch.cat([p.y for p in parts]), ids=torch.cat([p.ids for p in parts]), names=names)
+
+    def called(self, i: int) -> str:
+        """The user's own name of a record of this id, or the id.
+
+        >>> Examples(torch.zeros(1), torch.zeros(1), torch.tensor([7]), names={7: "cat/1.png"}).called(7)
+        'cat/1.png'
+        """
+        return (self.names or {}).get(int(i), str(int(i)))
 
     def take(self, index: Tensor | Sequence[int]) -> Examples:
         """The rows at `index`, in that order."""

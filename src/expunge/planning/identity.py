@@ -16,8 +16,9 @@ from torch import nn
 from expunge.audits.core import Probe
 from expunge.core.digest import model_digest
 from expunge.core.edits import feed
+from expunge.core.errors import printable
 from expunge.core.patch import Patch
-from expunge.core.types import Data, held
+from expunge.core.types import Data, Split, held
 from expunge.report.table import mapping, plain
 
 
@@ -32,6 +33,19 @@ def identity(p: Probe, rules: Mapping[str, str], patch: Patch | None, after: nn.
         "parts": {name: {"n": len(part), "digest": _rows(part)} for name, part in p.split.parts().items()},
         "references": known[1:], "rules": dict(rules), "seed": p.seed, "code": code(),
     }  # fmt: skip
+
+
+NAMED = 1000
+"""Records to forget that a report names."""
+
+
+def data(split: Split) -> dict[str, Any]:
+    """The section `data` of a report: what the training data was read as (`modalities.files.schema.Schema`, None where it was not), and the user's own
+    names of the first NAMED records to forget, where they have such; else their ids."""
+    schema = getattr(split.forget, "schema", None)
+    ids = split.forget.ids[:NAMED].tolist() if held(split.forget) else []
+    called = getattr(split.forget, "called", str)
+    return {"schema": None if schema is None else schema.record(), "forgotten": [printable(called(i)) for i in ids]}
 
 
 def _rows(part: Data) -> str | None:

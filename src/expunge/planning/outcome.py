@@ -24,7 +24,7 @@ from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
 from expunge.core.digest import model_digest, whole
 from expunge.core.errors import GateError, ModelError, PatchError, ReportError, SettingError
 from expunge.core.files import write
-from expunge.core.modality import Modality, of
+from expunge.core.modality import Modality, made, of
 from expunge.core.patch import Patch
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task, held, spread
@@ -32,7 +32,7 @@ from expunge.engine.results import Source, edited, released
 from expunge.engine.rounding import alike
 from expunge.engine.run import Attempt, preflight, unlearn
 from expunge.engine.sound import ALL, broken, unsound
-from expunge.planning.identity import identity
+from expunge.planning.identity import data, identity
 from expunge.planning.plants import Progress, controls, recipe_of
 from expunge.report import html, seal, table
 from expunge.report import pictures as shown_by
@@ -225,7 +225,7 @@ class Verdict:
                 **front(seen, self.grade, () if shown is None else shown.rows, checks, self.refused),
                 "of": {} if shown is None else {"method": shown.attempt.method, "seed": shown.attempt.seed, "passed": shown.passed},
             },
-            "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
+            "data": data(p.split), "identity": identity(p, self.rules, None if shown is None else shown.attempt.patch, after),
             "verdict": {
                 "passed": self.passed, "reasons": list(self.reasons), "require": shown.require if shown else required(of(p.task).families),
                 **(described(self.grade) or {}),
@@ -339,7 +339,7 @@ def reversible(model: nn.Module, attempt: Attempt) -> bool:
 
 
 def audited(
-    before: nn.Module, after: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
+    before: nn.Module, after: nn.Module, task: Task | str, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
     seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
     require: str = "", twins: int = 0, workers: int = 1, folder: Path | str | None = None, progress: Progress | None = None,
 ) -> Verdict:  # fmt: skip
@@ -354,7 +354,7 @@ def audited(
     twins      planted controls of so many twins (`planning.plants`): evidence without references. The attempt's method is run again, and must leave the same
                patch; `workers` at a time, what they read kept in `folder`. They are made where nothing else refutes the candidate
     """
-    before, after = whole(before), whole(after)
+    before, after, task = whole(before), whole(after), made(task)
     if name := unsound(before):
         raise ModelError(f"the model before holds values that are not finite, first in {name}: nothing can be audited against it")
     preflight(before, task, split)

@@ -16,7 +16,7 @@ from expunge.audits.core import Probe
 from expunge.audits.verdict import Trial, blind, checks_for
 from expunge.core.digest import whole
 from expunge.core.errors import ExpungeError, ModelError, SettingError
-from expunge.core.modality import Parted, of
+from expunge.core.modality import Parted, made, of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import GRADED, preflight, unsound
@@ -50,7 +50,8 @@ class Option:
 
 
 def plan(
-    task: Task, split: Split, *, model: nn.Module | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None, retrain_passes: float | None = None,
+    task: Task | str, split: Split, *, model: nn.Module | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None,
+    retrain_passes: float | None = None,
 ) -> list[Option]:  # fmt: skip
     """All methods, feasible and cheapest first. Methods are priced as the autopilot runs them.
 
@@ -58,7 +59,7 @@ def plan(
     settings        method -> settings that are fixed by the user
     retrain_passes  examples forward plus backward that training from scratch takes
     """
-    options = []
+    task, options = made(task), []
     for record in METHODS.values():
         try:
             fixed = record.settings((settings or {}).get(record.name, {}))
@@ -83,13 +84,15 @@ def closeness(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module
 
 
 def forget(
-    model: nn.Module, task: Task, split: Split, *, references: Sequence[Any] = (), methods: Sequence[str] = (),
+    model: nn.Module, task: Task | str, split: Split, *, references: Sequence[Any] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None, require: str = "",
-    minutes: float = math.inf, twins: int = 0, workers: int = 1,
+    minutes: float = math.inf, twins: int = 0, workers: int = 1, ready: Callable[[], Any] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods, tuned on validation alone, until one patch passes the gate; every try is kept.
+
+    `task` may be a name ("classification") where the modality needs no more than that.
 
     Where it chooses the methods itself and there is validation, the cheapest go first (WAVE), and of them only those that do best on validation are audited
     (`search.halved`), in that order. Else each method is searched and audited, in order of cost.
@@ -112,9 +115,11 @@ def forget(
                     forgetting passed its self-test, as then nothing can pass; `methods` overrides that
     minutes         wall time after which no run begins, and one under way ends at its best state; what was found by then is audited, one try at least. The only
                     thing here that the seed does not decide
+    ready           called when all that was asked was found to be in order, before anything runs (`sanity.checked`, say, whose ModelError ends it)
     A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
+    task = made(task)
     until = time.perf_counter() + 60 * minutes
     asked = families(task, rules)
     required(asked, require)
@@ -130,6 +135,8 @@ def forget(
         METHODS[name].made_for(task, split)
     order = [o for o in plan(task, split, model=model, settings=settings, retrain_passes=retrain_passes) if o.feasible]
     wanted = [o for o in order if (o.method in methods if methods else METHODS[o.method].assurance == "approximate")]
+    if ready is not None:
+        ready()
     ours = any(searched(o.method, task, (settings or {}).get(o.method, {})) for o in wanted)
     parted = of(task).search.parts(model, task, split, seed=seed) if ours else Parted(split, split)
     split = parted.audited

@@ -7,14 +7,15 @@
     [with.salun]                           [gate]
     keep = 0.3                             "accuracy.forget" = "<= 0.05"
     preset = "paper"                       settings as published, under those named beside it
+    anyway = true                          goes on where the model, as it is fed, is near chance on what must stay
     twins = 10                             planted controls: evidence without references, of plants = "csv:..." or half of validation
 
     task    = "causal-lm"                  model   = "model"                       texts: a folder that save_pretrained wrote, and files of JSON lines
     forget  = "forget.jsonl"               retain  = "retain.jsonl"
     test    = "test.jsonl"                 validation = "validation.jsonl"
 
-Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, minutes, out, require, twins, with and gate follows from the
-task's modality (`Modality.options`). Paths are relative to the recipe and may not leave its folder.
+Which keys there are besides model, task, forget, methods, references, seed, retrain_epochs, minutes, out, require, twins, anyway, with and gate follows from
+the task's modality (`Modality.options`). Paths are relative to the recipe and may not leave its folder.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from expunge.core.files import inside
 from expunge.core.modality import MODALITIES, Option, Request, named
 from expunge.core.registry import METHODS
 from expunge.core.types import bytes_of
-from expunge.planning import plan
+from expunge.planning import plan, sanity
 from expunge.planning.folders import fit
 from expunge.planning.releasing import finished
 
@@ -54,6 +55,7 @@ class Recipe:
     require: str = ""
     minutes: float = 0.0
     twins: int = 0
+    anyway: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,6 +123,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
         opened.model, opened.task, opened.split, references=opened.references, methods=recipe.methods, settings=_placed(recipe.settings, near),
         rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress, require=recipe.require,
         minutes=recipe.minutes or math.inf, twins=recipe.twins,
+        ready=lambda: sanity.checked(opened.model, opened.task, opened.split, anyway=recipe.anyway),
     )  # fmt: skip
     return finished(verdict, opened, out, f"Forget {opened.split.asked}")
 

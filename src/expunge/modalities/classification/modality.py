@@ -21,6 +21,7 @@ CLASSIFICATION = modality(
         near=later("expunge.modalities.near:inputs"),
         preflight=later(f"{HERE}.task:preflight"),
         kept=later(f"{RECORDS}:kept"),
+        stops=True,
         level=later(f"{RECORDS}:level"),
         validation=later(f"{RECORDS}:validation"),
         search=Search(screened=True),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,8 +43,24 @@ def inputs(model: nn.Module, batch: Batch) -> Tensor:
     return x.to(device_of(model), float_of(model) if x.is_floating_point() else x.dtype)
 
 
+def answers(given: Any) -> Tensor:
+    """The tensor of a model's answers: itself, `logits` of what transformers gives or of a mapping, or the first of a tuple.
+
+    >>> answers((torch.zeros(1, 2),)).shape, answers({"logits": torch.zeros(1, 3)}).shape
+    (torch.Size([1, 2]), torch.Size([1, 3]))
+    """
+    if isinstance(given, Tensor):
+        return given
+    found = given.get("logits") if isinstance(given, Mapping) else getattr(given, "logits", None)
+    if found is None and isinstance(given, (tuple, list)) and given:
+        found = given[0]
+    if not isinstance(found, Tensor):
+        raise ModelError(f"the model answers with {type(given).__name__}, in which there are no logits")
+    return found
+
+
 def _forward(model: nn.Module, batch: Batch) -> Out:
-    logits = model(inputs(model, batch))
+    logits = answers(model(inputs(model, batch)))
     labels = batch["y"].to(logits.device)
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     nll = F.cross_entropy(wide, labels, reduction="none")

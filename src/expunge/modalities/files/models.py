@@ -1,4 +1,5 @@
-"""Models from a short spec: `py:module:factory` and a safetensors state dict. Code is only run where the user names it; weights are never pickles."""
+"""Models from a short spec: `py:module:factory` or `timm:name?num_classes=10` and a safetensors state dict, or a folder of transformers. Code is only run where
+the user names it; weights are never pickles."""
 
 from __future__ import annotations
 
@@ -7,15 +8,16 @@ import importlib
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import torch
 from torch import nn
 
 from expunge.core.digest import distinct
-from expunge.core.edits import Hook
-from expunge.core.errors import ExpungeError, ModelError
+from expunge.core.errors import ExpungeError, ModelError, SettingError, printable
 from expunge.core.files import write
 from expunge.core.patch import Patch
+from expunge.modalities.files import folders
 
 MAX_BYTES = 1 << 36
 """Largest weight file that is read: 64 GiB."""
@@ -37,18 +39,55 @@ def call(spec: str, error: type[ExpungeError] = ModelError, folder: Path | None 
         sys.path.remove(place)
 
 
-def load(spec: str, weights: Path | str | None = None, folder: Path | None = None, *, finite: bool = True) -> nn.Module:
-    """The module that `py:module:factory` returns, in eval mode, with the state dict of a safetensors file if one is named.
+UNTRAINED = "none"
+"""What --weights says where the factory loads the weights itself."""
 
+
+def load(spec: str, weights: Path | str | None = None, folder: Path | None = None, *, finite: bool = True) -> nn.Module:
+    """The model of a spec, in eval mode, with the state dict of a safetensors file if one is named.
+
+    spec   py:module:factory, timm:NAME?num_classes=10, or a folder that save_pretrained wrote with an image classifier in it
     Raises ModelError for a factory that fails, a pickle, a damaged file, names or shapes that do not fit, or weights that are not
     finite (unless `finite` is False: then the audit says so).
     """
-    model = call(spec, folder=folder)
+    if folders.is_folder(spec, folder):
+        place = folder / spec if folder else Path(spec)
+        model = folders.load(place, finite=finite or weights is not None)
+    else:
+        model = _timm(spec) if spec.startswith("timm:") else call(spec, folder=folder)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned {type(model).__name__}, not a torch module")
     if weights is not None:
         model.load_state_dict(read_state(Path(weights), model, finite=finite), strict=False)
     return model.eval()
+
+
+def chosen(spec: str, weights: str, folder: Path | None = None) -> str:
+    """What --weights names: a file, or "" where the model brings its own. Raises SettingError where that must be said and is not."""
+    if weights == UNTRAINED:
+        return ""
+    if not weights and not folders.is_folder(spec, folder):
+        raise SettingError(
+            f"--weights is missing: {printable(spec)} alone gives a network whose numbers are drawn at random; name --weights FILE.safetensors, or "
+            f"--weights {UNTRAINED} where the factory loads its own"
+        )
+    return weights
+
+
+def _timm(spec: str) -> nn.Module:
+    """A model of timm by name, without weights: its settings stand after a question mark."""
+    name, _, query = spec.removeprefix("timm:").partition("?")
+    try:
+        import timm  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ModelError("timm: models need timm: pip install timm") from None
+    settings = dict(parse_qsl(query))
+    if odd := set(settings) - {"num_classes", "in_chans", "img_size"} or {n for n, v in settings.items() if not v.isdigit()}:
+        raise ModelError(f"timm: takes num_classes, in_chans and img_size, whole numbers, not '{min(odd)}'")
+    try:
+        return timm.create_model(name, pretrained=False, **{n: int(v) for n, v in settings.items()})
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(printable(f"timm cannot make {name}: {str(error).splitlines()[0]}")) from None
 
 
 def read_state(path: Path, model: nn.Module, *, finite: bool = True) -> dict[str, torch.Tensor]:
@@ -89,10 +128,8 @@ WEIGHTS = "model.safetensors"
 """Name of the weights in a released folder."""
 
 
-def release(model: nn.Module, patch: Patch, folder: Path | str) -> Path | None:
-    """Write the state dict with the patch in it to WEIGHTS in a folder, which is returned; None for a patch that holds guards, which are no weights."""
-    if any(isinstance(e, Hook) for e in patch.edits):
-        return None
+def release(model: nn.Module, patch: Patch, folder: Path | str) -> Path:
+    """Write the state dict with the patch in it to WEIGHTS in a folder, which is returned."""
     twin = copy.deepcopy(model)
     patch.apply(twin)
     save_state(twin, Path(folder) / WEIGHTS)

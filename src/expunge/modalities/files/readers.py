@@ -1,55 +1,101 @@
-"""Data from a short spec: `py:module:function`, `csv:file?target=column`, `parquet:file?target=column`, `images:folder`, `world:digits/train`."""
+"""Data from a short spec: `py:module:function`, `csv:file?target=column`, `parquet:file?target=column`, `images:folder`, `datasets:folder`,
+`world:digits/train`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import numpy as np
-import torch
-
 from expunge.core.errors import DataError, suggest
+from expunge.core.modality import MODALITIES
 from expunge.modalities.examples import Examples
+from expunge.modalities.files import feeding, images, objects, tables
+from expunge.modalities.files.feeding import Feed
 from expunge.modalities.files.models import call
+from expunge.modalities.files.schema import Schema
 
-MAX_BYTES = 1 << 34
-"""Largest data file that is read: 16 GiB."""
+KINDS: dict[str, tuple[str, ...]] = {
+    "py": ("x", *tables.OPTIONS, *feeding.OPTIONS),
+    "csv": tables.OPTIONS,
+    "parquet": tables.OPTIONS,
+    "images": ("classes", *feeding.OPTIONS),
+    "datasets": ("x", "split", *tables.OPTIONS, *feeding.OPTIONS),
+    "world": (),
+}
+"""Kind of data -> options that its spec takes after a question mark."""
 
 
-def load(spec: str, task: str, folder: Path | None = None, *, inside: bool = False) -> Examples:
-    """Examples with ids 0..N-1. `task` decides whether targets are labels or numbers. With `inside`, paths may not leave `folder`.
+def load(
+    spec: Any, task: str, folder: Path | None = None, *, inside: bool = False, known: Schema | None = None, options: Mapping[str, str] | None = None,
+    feed: Feed | None = None, classes: tuple[str, ...] = (),
+) -> Examples:  # fmt: skip
+    """Examples of a spec, or of a Python object (`objects.read`), with their schema.
 
+    task      decides whether targets are labels or numbers
+    inside    whether paths may not leave `folder`
+    known     schema of the training data, which this is held to; None where this is the training data
+    options   those of the command line; what the spec says itself after its question mark comes first
+    feed      how the model wants pixels; classes: the names of its classes by number
     Raises DataError naming the column, row or file that cannot be read.
     """
     from expunge.core import files
 
-    kind, _, rest = spec.partition(":")
-    if kind == "py":
-        return from_object(call(spec, DataError, folder), task)
-    if kind == "world":
-        return _world(rest)
-    readers = {"csv": _table, "parquet": _table, "images": _images}
-    if kind not in readers or not rest:
-        raise DataError(suggest("no kind of data", kind, ["py", "world", *readers]))
+    kind, _, rest = spec.partition(":") if isinstance(spec, str) else ("py", "", "the data")
+    if kind not in KINDS or not rest:
+        raise DataError(suggest("no kind of data", kind, KINDS))
     name, _, query = rest.partition("?")
     place = folder or Path.cwd()
+    if query and kind != "world" and (place / rest).exists():
+        name, query = rest, ""  # a file of that very name
+    said = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := set(said) - set(KINDS[kind]):
+        raise DataError(suggest(f"{kind} has no option", min(unknown), KINDS[kind]))
+    mine = {n: v for n, v in {**(options or {}), **said}.items() if v}
+    if odd := [n for n in mine if n not in KINDS[kind]]:
+        raise DataError(f"--{odd[0]} is not for {kind}: data, which takes {', '.join(KINDS[kind]) or 'no options'}")
+    labelled = MODALITIES[task.replace("-", "_")].labelled
+    fed = feeding.given(mine, feed or Feed()) if known is None or not known.feed else feeding.from_record(known.feed)
+    if kind == "py":
+        value = call(f"py:{name}", DataError, folder) if isinstance(spec, str) else spec
+        return objects.read(value, mine, labelled, known, fed, classes, spec if isinstance(spec, str) else "the data")
+    if kind == "world":
+        return objects.read(_world(rest), mine, labelled, known)
     path = files.inside(name, place) if inside else place / name
     if not path.exists():
         raise DataError(f"no file or folder {name}")
-    return readers[kind](kind, path, dict(parse_qsl(query)), task)
+    if kind == "images":
+        if not labelled:
+            raise DataError(f"image folders name classes; --task {task} has none: give the data as py:module:function")
+        return images.read(path, mine, fed, known, classes, inside)
+    if kind == "datasets":
+        return objects.read(_disk(path, mine.pop("split", "")), mine, labelled, known, fed, classes, spec)
+    return tables.read(kind, path, mine, labelled, known, classes)
 
 
 def from_object(value: Any, task: str) -> Examples:
-    """Examples from Examples, a pair (x, y) of arrays, or a data set of (x, y) pairs."""
-    if isinstance(value, Examples):
-        return value
-    pair = value if isinstance(value, tuple) and len(value) == 2 else tuple(zip(*[value[i] for i in range(len(value))], strict=True))
-    x = torch.stack([torch.as_tensor(v) for v in pair[0]]) if isinstance(pair[0], (tuple, list)) else torch.as_tensor(pair[0])
-    y = torch.stack([torch.as_tensor(v) for v in pair[1]]) if isinstance(pair[1], (tuple, list)) else torch.as_tensor(pair[1])
-    return Examples(x, y.long() if task == "classification" else y.float(), torch.arange(len(x)))
+    """Examples of a Python object (`objects.read`), without options."""
+    return objects.read(value, {}, MODALITIES[task].labelled)
+
+
+def _disk(path: Path, part: str) -> Any:
+    """What `save_to_disk` of Hugging Face's `datasets` wrote."""
+    try:
+        from datasets import Dataset, DatasetDict, load_from_disk
+    except ImportError:
+        raise DataError("datasets: needs the datasets library: pip install 'expunge[data]'") from None
+    try:
+        found: Any = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path.name} is no folder that save_to_disk wrote: {str(error).splitlines()[0]}") from None
+    if isinstance(found, DatasetDict):
+        if part not in found:
+            raise DataError(suggest(f"name the part of {path.name}, as datasets:{path.name}?split=train; it has no part", part, found))
+        return found[part]
+    if part or not isinstance(found, Dataset):
+        raise DataError(f"{path.name} has no parts to name with split=")
+    return found
 
 
 def _world(name: str) -> Examples:
@@ -61,75 +107,3 @@ def _world(name: str) -> Examples:
     if (found := getattr(world(first), part)) is None:
         raise DataError(f"world {first} has no {part} of its own")
     return found
-
-
-def _table(kind: str, path: Path, options: Mapping[str, str], task: str) -> Examples:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise DataError(f"{kind} files need the datasets library: pip install 'expunge[data]'") from None
-    if path.stat().st_size > MAX_BYTES:
-        raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-    if unknown := set(options) - {"target"}:
-        raise DataError(suggest(f"{kind} has no option", min(unknown), ["target"]))
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as cache, _no_bars():
-        try:
-            table = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).with_format("numpy")
-        except Exception as error:
-            raise DataError(f"{path.name} cannot be read as {kind}: {str(error).splitlines()[0]}") from None
-        target = options.get("target", "")
-        if target not in table.column_names:
-            raise DataError(suggest(f"{path.name} has no target column", target, table.column_names))
-        columns = {name: np.asarray(table[name]) for name in table.column_names}
-    features = [name for name in columns if name != target]
-    for name, values in columns.items():
-        if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
-            raise DataError(f"column '{name}' of {path.name} is not numeric; encode it first")
-        if not np.isfinite(values.astype(np.float64)).all():
-            raise DataError(f"column '{name}' of {path.name} has an empty or non-finite value in row {int(np.argmin(np.isfinite(values.astype(np.float64))))}")
-    if not features:
-        raise DataError(f"{path.name} has no column besides the target '{target}'")
-    if task == "classification" and not np.array_equal(columns[target], columns[target].astype(np.int64)):
-        raise DataError(f"target '{target}' of {path.name} must hold whole numbers for classification")
-    x = np.stack([columns[name].astype(np.float32) for name in features], 1)
-    return from_object((x, columns[target]), task)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets` on standard error, where an error is one line."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    were = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were:
-            enable_progress_bars()
-
-
-def _images(_: str, path: Path, options: Mapping[str, str], task: str) -> Examples:
-    from PIL import Image, UnidentifiedImageError
-
-    if options:
-        raise DataError(f"images has no option '{min(options)}'; there are none")
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-    files = [(f, k) for k, name in enumerate(classes) for f in sorted((path / name).iterdir()) if f.is_file()]
-    if not files:
-        raise DataError(f"{path.name} must hold one folder of images per class")
-    pixels, labels = [], []
-    for file, label in files:
-        try:
-            with Image.open(file) as image:
-                array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            raise DataError(f"image {file.parent.name}/{file.name} cannot be read") from None
-        if pixels and array.shape != pixels[0].shape:
-            raise DataError(f"image {file.parent.name}/{file.name} is {array.shape}, the others are {pixels[0].shape}; bring all to one size")
-        pixels.append(array)
-        labels.append(label)
-    x = torch.as_tensor(np.stack(pixels)).float() / 255
-    return Examples(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), torch.tensor(labels), torch.arange(len(labels)))

@@ -7,13 +7,11 @@ folder where the patch is low rank.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 from expunge.core.edits import LowRank
 from expunge.core.errors import ModelError
 from expunge.core.patch import Patch
+from expunge.modalities.quietly import quietly
 
 FORMS = ("auto", "merged", "peft")
 KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,22 +35,6 @@ def needed() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(f"language models need {error.name}: pip install 'expunge[text]'") from None
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the progress bars of transformers on standard error, and without its warnings on what peft still calls."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None = None, within: Path | None = None) -> tuple[nn.Module, Any]:
@@ -77,7 +60,7 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
         raise ModelError(f"{folder.name} holds no safetensors weights (pickles can run code and are not read): save it with safe_serialization=True")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _quietly():
+        with quietly():
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name what does not fit
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
             model, info = loaded
@@ -100,7 +83,7 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quietly():
+        with quietly():
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot load the tokenizer of {folder.name}: {str(error).strip().splitlines()[0]}") from None
@@ -120,7 +103,7 @@ def skeleton(folder: Path | str) -> nn.Module:
     _whole(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), quietly():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot read the configuration of {folder.name}: {str(error).strip().splitlines()[0]}") from None
@@ -167,7 +150,7 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder.name} holds no adapter_model.safetensors")
     try:
-        with _quietly(), warnings.catch_warnings():
+        with quietly(), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*", category=UserWarning)
             merged: nn.Module = PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()  # pyright: ignore
             return merged.requires_grad_(True)
@@ -217,7 +200,7 @@ def _adapter(model: nn.Module, patch: Patch, out: Path, base: str) -> None:
     """Write the patch as a PEFT folder over `base`, or, where that is itself an adapter, one that holds both over what that stands on. The model is changed."""
     from expunge.parts import adapter_files
 
-    with _quietly():
+    with quietly():
         root, said = Path(base), base
         if base and is_adapter(root):
             first, root = root, _base(root)
@@ -260,7 +243,7 @@ def plain(folder: Path | str, base: Path | str) -> nn.Module:
 
     folder, root = Path(folder), Path(base)
     try:
-        with _quietly():
+        with quietly():
             if not is_adapter(folder):
                 return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
             while is_adapter(root):
@@ -275,7 +258,7 @@ def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _quietly():
+        with quietly():
             model.save_pretrained(out)  # pyright: ignore
             tokenizer.save_pretrained(out)
     except OSError as error:

@@ -26,6 +26,7 @@ MULTILABEL = modality(
         adopts=adopts,
         preflight=later(f"{HERE}.task:preflight"),
         fits=later(f"{HERE}.task:fits"),
+        stops=True,
         level=later(f"{HERE}.task:level"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{HERE}.rules:rules"),

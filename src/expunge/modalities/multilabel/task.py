@@ -15,7 +15,7 @@ from torch import nn
 from expunge.core.errors import ModelError, SplitError
 from expunge.core.modality import Level
 from expunge.core.types import Batch, Out, Split, Task
-from expunge.modalities.classification.task import collate, features, inputs
+from expunge.modalities.classification.task import answers, collate, features, inputs
 from expunge.modalities.examples import Examples
 
 
@@ -34,7 +34,7 @@ def multilabel() -> Task:
 
 
 def _forward(model: nn.Module, batch: Batch) -> Out:
-    logits = model(inputs(model, batch))
+    logits = answers(model(inputs(model, batch)))
     target = batch["y"].to(logits.device)
     if logits.shape != target.shape:
         raise ModelError(f"the model gives {tuple(logits.shape)} answers for targets {tuple(target.shape)}; there must be one per label")
@@ -48,13 +48,13 @@ def preflight(model: nn.Module, task: Task, split: Split) -> None:
     """Raises SplitError for inputs or targets that the model cannot take."""
     first = task.batches(split.forget, 2)[0]
     try:
-        answers = tuple(model(inputs(model, first)).shape)
+        shape = tuple(answers(model(inputs(model, first))).shape)
     except (RuntimeError, IndexError) as error:
         raise SplitError(f"the model cannot take the forget set's inputs {tuple(first['x'].shape[1:])}: {str(error).splitlines()[0]}") from None
-    if len(answers) != 2:
-        raise SplitError(f"the model gives answers of shape {answers[1:]} per record; it must give K logits, one per label")
+    if len(shape) != 2:
+        raise SplitError(f"the model gives answers of shape {shape[1:]} per record; it must give K logits, one per label")
     for name, part in split.parts().items():
-        labelled(name, part, answers[1])
+        labelled(name, part, shape[1])
 
 
 def labelled(name: str, part: Examples, outputs: int) -> None:
@@ -71,11 +71,11 @@ def fits(model: nn.Module, split: Split, which: str) -> None:
     """Raises SplitError for another model, named by `which`, that gives other answers."""
     try:
         with torch.no_grad():
-            answers = tuple(model(inputs(model, collate(split.forget, torch.arange(1), None))).shape)
+            shape = tuple(answers(model(inputs(model, collate(split.forget, torch.arange(1), None)))).shape)
     except (RuntimeError, IndexError) as error:
         raise SplitError(f"{which} cannot take the inputs: {str(error).splitlines()[0]}") from None
-    if answers != (1, split.forget.y.shape[1]):
-        raise SplitError(f"{which} gives answers of shape {answers[1:]} per record, the targets are {tuple(split.forget.y.shape[1:])}")
+    if shape != (1, split.forget.y.shape[1]):
+        raise SplitError(f"{which} gives answers of shape {shape[1:]} per record, the targets are {tuple(split.forget.y.shape[1:])}")
 
 
 def level(p: Any, model: nn.Module, part: str) -> Level:

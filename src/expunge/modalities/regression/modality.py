@@ -19,6 +19,7 @@ REGRESSION = modality(
         kinds=lambda split: ("records", "class", "range"),
         near=later("expunge.modalities.near:inputs"),
         kept=later(f"{RECORDS}:kept"),
+        stops=True,
         level=later(f"{RECORDS}:level"),
         validation=later(f"{RECORDS}:validation"),
         rules=later(f"{RECORDS}:rules"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from expunge.core.errors import ModelError
 from expunge.core.types import Batch, Out, Task
-from expunge.modalities.classification.task import collate, features, inputs
+from expunge.modalities.classification.task import answers, collate, features, inputs
 
 
 def regression() -> Task:
@@ -24,7 +24,7 @@ def regression() -> Task:
 
 
 def _forward(model: nn.Module, batch: Batch) -> Out:
-    pred = model(inputs(model, batch))
+    pred = answers(model(inputs(model, batch)))
     target = batch["y"].to(pred.device, pred.dtype)
     if pred.numel() != target.numel():
         raise ModelError(f"the model predicts {tuple(pred.shape)} for targets {tuple(target.shape)}; they must hold equally many numbers")

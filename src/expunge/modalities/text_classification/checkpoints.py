@@ -6,13 +6,10 @@ head is refused.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import nn
 
 from expunge.core.errors import ModelError, SettingError
 from expunge.core.patch import Patch
+from expunge.modalities.quietly import quietly as _quietly
 
 KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What `dtype` may be."""
@@ -37,24 +35,6 @@ def needed() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(f"text classifiers need {error.name}: pip install 'expunge[text]'") from None
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what transformers says and shows on standard error: what matters of it is raised."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def configured(folder: Path | str) -> dict[str, Any]:
