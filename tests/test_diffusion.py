@@ -284,8 +284,11 @@ def test_adapters_in_place_of_weights(name):
 
 def test_adapters_need_linear_layers():
     model, task, split = small("diffusion")
-    for settings, said in (({"part": r"norm", "lora": 2}, "none is among the weights"), ({"lora": -1}, "rank must be 1 or larger")):
-        with pytest.raises(ScopeError, match=said):
+    for error, settings, said in (
+        (ScopeError, {"part": r"norm", "lora": 2}, "none is among the weights"),
+        (SettingError, {"lora": -1}, "lora must be at least 0"),
+    ):
+        with pytest.raises(error, match=said):
             METHODS["esd"](model, task, split, steps=1, trajectories=1, path=2, **settings)
 
 

@@ -105,7 +105,7 @@ def test_classes_that_are_numbered_otherwise_are_noticed(home):
     split = requests.split(
         Request(str(home / "model"), "class:ant", {**_options(), "train": "images:train", "test": "images:test"}, folder=home), "classification", opened.model
     )
-    with pytest.raises(ModelError, match=r"numbers its classes otherwise than the data: accuracy on kept records would be .*1 \(bee\) is its 2"):
+    with pytest.raises(ModelError, match=r"numbers its classes otherwise than the data: accuracy on the training data would be .*1 \(bee\) is its 2"):
         sanity.checked(opened.model, opened.task, split)
 
 
@@ -192,3 +192,17 @@ def test_a_folder_that_lacks_its_head_is_refused(home, tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
     with pytest.raises(ModelError, match="holds ViTModel, no image classifier"):
         models.load(str(tmp_path))
+
+
+def test_a_swapped_pair_of_classes_is_noticed_and_a_bad_model_is_no_swap():
+    y = torch.arange(200) % 10
+    swap = torch.tensor([0, 1, 3, 2, 4, 5, 6, 7, 8, 9])
+    assert sanity.renumbered(torch.eye(10)[swap[y]], y, ["ant", "bee", "cat", "dog"]) == ((("2 (cat)", "3 (dog)"), ("3 (dog)", "2 (cat)")), 1.0)
+    g = torch.Generator().manual_seed(0)
+    for answers in (
+        torch.eye(10)[y],
+        torch.eye(10)[torch.zeros_like(y)],
+        torch.randn(200, 10, generator=g),
+        torch.eye(10)[y] + torch.randn(200, 10, generator=g),
+    ):
+        assert sanity.renumbered(answers, y) == ((), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from dataclasses import replace
 
@@ -100,9 +101,10 @@ def test_a_fault_at_any_call_leaves_the_model_as_it_was(kind, where, tmp_path):
         assert before == now
 
 
-def test_compiled_and_parallel_models_are_unlearned_as_what_they_wrap():
+def test_compiled_and_parallel_models_are_unlearned_as_what_they_wrap(monkeypatch):
     model, task, split = small("classification", False, "records")
     plain = unlearn("gradient_ascent", model, task, split, epochs=1)
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.data_parallel"], "_get_available_device_type", lambda: None)  # not the pretend device
     for wrap in (torch.compile, nn.DataParallel, lambda m: torch.compile(nn.DataParallel(m))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own, on importing its compiler

@@ -279,7 +279,7 @@ def test_records_are_taken_out_of_stored_statistics(tmp_path):
             scar.load(path, other)
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     for name in ("bad.safetensors", "none.safetensors"):
-        with pytest.raises(DataError, match="cannot read statistics from"):
+        with pytest.raises(DataError, match=r"is no safetensors file, or is damaged; write retain|cannot read none.safetensors"):
             scar.load(tmp_path / name, gone)
 
 
@@ -318,7 +318,7 @@ def test_scar_without_retain_reads_anchor():
     assert digest(bare) == digest(bare, statistics="anchor") == digest(split, statistics="anchor")
     with pytest.raises(SplitError, match="split lacks retain"):
         digest(bare, statistics="retain")
-    with pytest.raises(DataError, match="cannot read statistics from 'reatin'"):
+    with pytest.raises(DataError, match="cannot read reatin: No such file"):
         digest(bare, statistics="reatin")
 
 

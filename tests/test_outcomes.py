@@ -35,7 +35,7 @@ def mine(monkeypatch) -> Callable[..., Method]:
     """Registers (model, task, split, *, lr, seed) -> Patch under the name of a method that is there, with all that is declared of it."""
 
     def register(function: Callable, name: str = "gradient_ascent") -> Method:
-        monkeypatch.setitem(METHODS._found, name, replace(METHODS[name], function=function))
+        monkeypatch.setitem(METHODS._found, name, replace(METHODS[name], function=function, cost=lambda n, s: (0, 0)))
         return METHODS[name]
 
     return register

@@ -203,7 +203,19 @@ def table(tmp_path, monkeypatch):
 
 
 def test_forget_with_a_preset_runs_as_published_and_ends_with_what_is_experimental(table, capsys, monkeypatch):
-    words = ["--model", "py:mytable:build", "--task", "regression", "--train", "csv:train.csv?target=target", "--test", "csv:test.csv?target=target"]
+    words = [
+        "--model",
+        "py:mytable:build",
+        "--weights",
+        "none",
+        "--anyway",
+        "--task",
+        "regression",
+        "--train",
+        "csv:train.csv?target=target",
+        "--test",
+        "csv:test.csv?target=target",
+    ]
     words += ["--forget", "random:0.1", "--method", "gaussian_amnesiac", "--preset", "paper", "--lr", "0.01", "--quick"]
     monkeypatch.setattr(sys, "argv", ["expunge", "forget", *words])
     with pytest.raises(SystemExit):
@@ -216,7 +228,8 @@ def test_forget_with_a_preset_runs_as_published_and_ends_with_what_is_experiment
 
 def test_a_recipe_takes_a_preset(table):
     head = (
-        'model = "py:mytable:build"\ntask = "regression"\ntrain = "csv:train.csv?target=target"\ntest = "csv:test.csv?target=target"\nforget = "random:0.1"\n'
+        'model = "py:mytable:build"\nweights = "none"\nanyway = true\n'
+        'task = "regression"\ntrain = "csv:train.csv?target=target"\ntest = "csv:test.csv?target=target"\nforget = "random:0.1"\n'
         'methods = ["gaussian_amnesiac"]\n[with.gaussian_amnesiac]\nlr = 0.01\n'
     )
     (table / "run.toml").write_text(head + 'preset = "paper"\n')

@@ -100,7 +100,7 @@ def test_a_run_whose_model_answers_with_no_number_diverged(monkeypatch):
         task.collate(split.forget, torch.arange(len(split.forget)), None)
         return Patch((Replace("8.bias", model[8].bias.detach() + 1), Replace("1.running_var", model[1].running_var * 0 - 1)))
 
-    monkeypatch.setitem(METHODS._found, "gradient_ascent", replace(METHODS["gradient_ascent"], function=some))
+    monkeypatch.setitem(METHODS._found, "gradient_ascent", replace(METHODS["gradient_ascent"], function=some, cost=lambda n, s: (0, 0)))
     attempt = unlearn("gradient_ascent", model, task, split)
     assert (attempt.outcome, attempt.patch) == ("diverged", None)
     assert attempt.reason == "the model that it leaves gives answers that are not finite: a loss on forget is nan; lower lr or set clip; rolled back"

@@ -24,6 +24,7 @@ _WHERE = {
     "Replace": "core.edits",
     "Patch": "core.patch",
     "edit": "core.session",
+    "placed": "core.machine.devices",
     "Guard": "core.guard",
     "CHECKS": "core.registry",
     "METHODS": "core.registry",

@@ -9,6 +9,7 @@ from expunge.core.edits import Hook as Hook
 from expunge.core.edits import LowRank as LowRank
 from expunge.core.edits import Replace as Replace
 from expunge.core.guard import Guard as Guard
+from expunge.core.machine.devices import placed as placed
 from expunge.core.modality import MODALITIES as MODALITIES
 from expunge.core.modality import Modality as Modality
 from expunge.core.modality import modality as modality

@@ -29,6 +29,10 @@ OPTIONS = {"epochs": float, "batch_size": int, "lr": float, "optimizer": str, "m
 """What a training recipe may say."""
 
 
+SHADOWS = "shadow models"
+"""What a file of a pool says that it holds."""
+
+
 @dataclass(frozen=True, repr=False)
 class Pool:
     """K models, `inside` (K, N) bool, and the keys of the N records of the universe."""
@@ -193,20 +197,12 @@ def forgotten(
 
 
 def _write(path: Path, models: list[nn.Module]) -> None:
-    from safetensors.torch import save
-
     params, buffers = stacked.stack(models)
-    files.write(path, save({n: t.detach().contiguous() for n, t in {**params, **buffers}.items()}))
+    files.write(path, files.seal(SHADOWS, {**params, **buffers}))
 
 
 def _read(path: Path, models: list[nn.Module]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path.name} is no safetensors file, or is damaged ({error}); delete it to train the pool again") from None
+    found = files.unsealed(path, SHADOWS, ModelError, "delete it to train the pool again")
     params, buffers = stacked.stack(models)
     want = {**params, **buffers}
     if found.keys() != want.keys() or any(found[n].shape != want[n].shape for n in want):

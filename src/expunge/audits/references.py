@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from expunge.audits.core import Probe
 from expunge.core.digest import model_digest
+from expunge.core.errors import ModelError
 from expunge.core.stats import bootstrap, matched, wilson
 from expunge.core.types import spread
 from expunge.engine.sound import ALL, broken
@@ -61,6 +62,8 @@ def believed(p: Probe, references: Sequence[Any]) -> tuple[list[Reference], list
     refused: list[Refusal] = []
     others = [("the original", p.before), *([] if p.after is p.before else [("the candidate", p.after)])]
     for r in listed(references):
+        if not isinstance(r.model, nn.Module):
+            raise ModelError(f"{r.name} is {type(r.model).__name__}, no torch module: load it first")
         why = _odd(p.before, r.model) or _unread(p, r.model) or _resembles(r, [*others, *((k.name, k.model) for k in kept)], len(others)) or _known(p, r.model)
         if why:
             refused.append(Refusal(r.name, why))

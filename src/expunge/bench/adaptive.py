@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from expunge.audits.attacks import mend
@@ -25,6 +24,7 @@ from expunge.audits.verdict import checks_for, default_rules, selftest
 from expunge.bench import sabotage, sabotage_texts
 from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import Family
+from expunge.core.machine.devices import reseeded
 from expunge.core.stats import wilson
 from expunge.engine.run import Attempt
 from expunge.modalities.worlds import World, cache_folder, world
@@ -255,8 +255,7 @@ def _cells(
 
         def run(name: str = name, family: Family = family) -> dict[str, Any]:
             def build(s: float) -> nn.Module:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
+                with reseeded(0):
                     return family.make(original, w.task, split, 0, s, told)
 
             cheat = search(name, family, build, gate, knowledge, lambda m: share_touched(original, m), budget, sure)

@@ -25,6 +25,7 @@ from expunge.audits.verdict import Trial, default_rules, selftest
 from expunge.bench import adaptive
 from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import SABOTAGE
+from expunge.core.machine.devices import reseeded
 from expunge.core.stats import wilson
 from expunge.core.types import Split
 from expunge.engine.run import Attempt
@@ -65,8 +66,7 @@ def population(w: World, scenario: str, cache: Path | None, *, gone: int, origin
     knowledge = adaptive.left(original(0), w.task, split, told)
     for kind, family in adaptive.FAMILIES.get(w.task.name, {}).items():
         for k, s in enumerate((family.low, math.sqrt(family.low * family.high), family.high)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with reseeded(0):
                 model = family.make(original(0), w.task, split, 0, s, told)
             if knowledge(model, family)[0] >= HALF:
                 yield Case("kept", kind, k, 0, lambda model=model: model, split)

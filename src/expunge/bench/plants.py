@@ -23,6 +23,7 @@ from expunge.audits.plants import Plants
 from expunge.audits.verdict import default_rules, selftest
 from expunge.core.errors import SettingError
 from expunge.core.guard import Guard, watching
+from expunge.core.machine.devices import reseeded
 from expunge.core.types import Split, concat
 from expunge.engine.run import Attempt
 from expunge.modalities.worlds import World, cache_folder, world
@@ -73,8 +74,7 @@ def references(w: World, split: Split, draw: int, cache: Path) -> list[nn.Module
         return [w.retrained(w.scenarios[0], 10 * draw + k, cache) for k in range(REFERENCES)]
     found = []
     for k in range(REFERENCES):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1000 + 10 * draw + k)
+        with reseeded(1000 + 10 * draw + k):
             model = w.build()
             with watching(Guard()):
                 train(model, w.task, split.retain if w.extra is None else concat(split.retain, w.extra), seed=1000 + 10 * draw + k, **w.recipe)

@@ -1,11 +1,12 @@
-"""The command line. Exit code 0: passed; 1: the gate refused; 2: bad input. A command is imported when it is called, and nothing heavy before it runs."""
+"""The command line; `cli.boundary` says what its exit codes mean. A command is imported when it is called, and nothing heavy before it runs."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -39,13 +40,26 @@ COMMANDS = {
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from expunge import __version__
+
+        print(f"expunge {__version__}")
+        raise typer.Exit
+
+
 def application(called: Iterable[str] = COMMANDS) -> typer.Typer:
     """The command line with the commands that are called; the others stand there by name and first lines alone."""
     called = set(called)
     app = typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
+        no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
         rich_markup_mode=None,
     )  # fmt: skip
+
+    @app.callback()
+    def common(version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_version)] = False) -> None:
+        pass
+
     for name, (file, about) in COMMANDS.items():
         if name in called:
             command = getattr(importlib.import_module(f"expunge.cli.{file}"), name.replace("-", "_"))
@@ -63,11 +77,9 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: one line on standard error and exit code 2 for bad input."""
-    from expunge.core.errors import ExpungeError
+    """Entry point: see `cli.boundary` for what its exit codes mean."""
+    from expunge.cli.boundary import ended
 
-    try:
-        application(sys.argv[1:2])()
-    except ExpungeError as error:
-        print(f"expunge: {error}", file=sys.stderr)
-        sys.exit(2)
+    words = sys.argv[1:]
+    called = COMMANDS if "_EXPUNGE_COMPLETE" in os.environ else words[:1]
+    sys.exit(ended(lambda: application(called)(standalone_mode=False), words))

@@ -11,7 +11,8 @@ import typer
 
 from expunge.cli.forget import places
 from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Anyway, Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show, understood
+from expunge.cli.shown import Anyway, Device, Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show, understood
+from expunge.core.modality import DEVICE
 
 Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
 Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
@@ -119,7 +120,7 @@ def select(
     size: Annotated[int, typer.Option(help="How many records.")],
     how: Annotated[str, typer.Option(help="hardest, easiest, vulnerable or random.")] = "hardest",
     out: Annotated[str, typer.Option(help="Where the ids go, one per line.")] = "gone.txt",
-    test: Annotated[str, typer.Option(help="Data that was never trained on.")] = "", task: str = TASK,
+    test: Annotated[str, typer.Option(help="Data that was never trained on.")] = "", task: str = TASK, device: Device = DEVICE.default, dtype: str = "auto",
     shadows: Annotated[int, typer.Option(help="Shadow models, for --how vulnerable.")] = 0, training: Training = "", pools: Pools = ".cache/expunge",
     seed: int = 0, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -131,6 +132,7 @@ def select(
 
     from expunge.core.errors import SettingError, suggest
     from expunge.core.files import write
+    from expunge.core.machine.devices import placed
     from expunge.core.modality import MODALITIES, named
     from expunge.data.records import worst
     from expunge.modalities.files import models, readers
@@ -142,7 +144,7 @@ def select(
     if not modality.labelled:
         raise SettingError(f"select works on {' and '.join(m.spelling for m in MODALITIES.values() if m.labelled)}")
     made = modality.task()
-    net, data = models.load(model, Path(weights)), readers.load(train, task, Path.cwd(), inside=False)
+    net, data = placed(models.load(model, Path(weights)), device, dtype), readers.load(train, task, Path.cwd(), inside=False)
     with bar(as_json) as progress:
         if how == "vulnerable":
             unseen = readers.load(test, task, Path.cwd(), inside=False) if test else None

@@ -44,6 +44,7 @@ def revert(
 
 def inspect(patch: str, key_file: Key = "", as_json: Json = False) -> None:
     """Show what a patch file holds, after checking its digest (and signature)."""
+    from expunge.core.errors import printable
     from expunge.core.patch import Patch
 
     found = Patch.load(patch, key(key_file))
@@ -52,7 +53,7 @@ def inspect(patch: str, key_file: Key = "", as_json: Json = False) -> None:
         print(json.dumps({"meta": dict(found.meta), "digest": found.digest, "edits": names}))
         return
     for name, value in found.meta.items():
-        print(f"{name:10} {value}")
+        print(f"{printable(str(name)):10} {printable(str(value))}")
     print(f"digest     {found.digest}")
     for e in names:
-        print(f"  {e['kind']:8} {e['name']:40} {e['places']:,} values")
+        print(f"  {e['kind']:8} {printable(e['name']):40} {e['places']:,} values")

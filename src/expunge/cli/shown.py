@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from expunge.core.modality import DEVICE
+
 Json = Annotated[bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")]
+Device = Annotated[str, typer.Option(help=DEVICE.help)]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out checks and baselines that train, but for those the gate reads.")]
 Require = Annotated[str, typer.Option(help="The grade that passes (exit code 0): supported, verified, or the highest that the kind of model can reach.")]
 TWINS = (
@@ -83,6 +86,9 @@ def key(path: str) -> bytes | None:
     from expunge.core.errors import DataError
 
     try:
-        return Path(path).read_bytes()
+        secret = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the key file: {error.strerror}") from None
+    if not secret.strip():
+        raise DataError("the key file is empty: whoever has no key could sign with it")
+    return secret

@@ -24,7 +24,10 @@ from collections.abc import Iterable
 
 
 class ExpungeError(ValueError):
-    """Something a user can mend. The message is one line."""
+    """Something a user can mend. The message is one line; what does not print in it is escaped (`printable`)."""
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(printable(w) if isinstance(w, str) else w for w in words))
 
 
 class SplitError(ExpungeError):
@@ -86,6 +89,26 @@ def printable(text: str) -> str:
     'a\\\\nb\\\\x1b[31m é'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+HINTS = {
+    "Expected more than 1 value per channel": "batch norm needs two records at a time, and a batch held one: choose a batch_size that leaves none alone",
+    "No space left on device": "no space is left on the disk; checkpoints that stand are kept, and the same call goes on from them",
+    "Read-only file system": "the folder cannot be written to",
+    "out of memory": "the device's memory is full: a smaller batch_size, --memory or --dtype bfloat16 takes less",
+}
+"""Words in other libraries' messages -> what a user can do."""
+
+
+def plain(error: BaseException) -> str:
+    """Any exception on one line: its type and first line, or what is known about it (`HINTS`).
+
+    >>> plain(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    text = str(error).strip()
+    known = next((hint for words, hint in HINTS.items() if words in text), "")
+    return printable(known or f"{type(error).__name__.lstrip('_')}: {next(iter(text.splitlines()), 'no message')[:400]}")
 
 
 def suggest(kind: str, asked: str, known: Iterable[str]) -> str:

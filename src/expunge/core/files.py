@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +26,8 @@ def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = Patch
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        swept(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
         with os.fdopen(handle, "wb") as f:
             f.write(content)
             f.flush()
@@ -39,6 +44,28 @@ def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = Patch
             os.unlink(temporary)
         raise error(f"cannot write {path.name}: {why.strerror or why}; nothing was left half-written") from None
     return path
+
+
+def swept(folder: Path) -> list[str]:
+    """Remove temporary files of the folder whose process is gone: what killed writes left, which may hold weights. Returns their names."""
+    gone = []
+    for entry in os.scandir(folder):
+        found = re.fullmatch(r"\..+\.(\d{1,9})-[^.-]+\.tmp", entry.name)
+        if found and not _alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+                gone.append(entry.name)
+    return gone
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def file_digest(body: str, tensors: Mapping[str, Tensor]) -> str:
@@ -72,6 +99,47 @@ def verified(path: Path, entry: str, error: type[ExpungeError], broken: str, for
     if not hmac.compare_digest(file_digest(header[entry], tensors), header["sha256"]):
         raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
     return header, tensors
+
+
+def seal(what: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of tensors with what they are and the checksum of it all, for `unsealed`."""
+    from safetensors.torch import save
+
+    plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    return save(plain, {"expunge": what, "sha256": file_digest(what, plain)})
+
+
+def unsealed(path: Path, what: str, error: type[ExpungeError], instead: str, most: int = 1 << 36) -> dict[str, Tensor]:
+    """The tensors of a file that `seal` made of `what`. Raises `error`, with what to do `instead`, for one that is damaged, changed, foreign or of another
+    kind."""
+    header, tensors = verified(path, "expunge", error, f"is no safetensors file, or is damaged; {instead}", f"holds no {what} of expunge; {instead}", most)
+    if header["expunge"] != what:
+        raise error(f"{path.name} holds {header['expunge'][:80]}, not {what}; {instead}")
+    return tensors
+
+
+def seal_json(doc: Mapping[str, Any]) -> str:
+    """The document with its checksum, as JSON for `unsealed_json`."""
+    body = json.dumps(dict(doc), indent=1, sort_keys=True)
+    return json.dumps({**doc, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1, sort_keys=True)
+
+
+def unsealed_json(path: Path, error: type[ExpungeError], broken: str, most: int = 1 << 28) -> dict[str, Any]:
+    """The document of a file that `seal_json` made. Raises `error` for one that cannot be read, is larger than `most` bytes, is none (`broken`), or was
+    changed."""
+    try:
+        if path.stat().st_size > most:
+            raise error(f"{path.name} is larger than {most} bytes")
+        doc = json.loads(path.read_text(encoding="utf-8"))
+        seal = doc.pop("sha256")
+        found = hashlib.sha256(json.dumps(doc, indent=1, sort_keys=True).encode()).hexdigest()
+    except OSError as why:
+        raise error(f"cannot read {path.name}: {why.strerror or why}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
+        raise error(f"{path.name} {broken} ({type(why).__name__})") from None
+    if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), found.encode()):
+        raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
+    return doc
 
 
 def inside(path: str, folder: Path) -> Path:

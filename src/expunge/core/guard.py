@@ -130,6 +130,7 @@ class Guard:
     patience     stop after so many evaluations without a better score (0: never)
     progress     called as progress(text, done, total)
     journal      checkpoints of the run (journal.Journal), or None
+    room         bytes that per-example gradients may take at once
     """
 
     max_loss: float = 1e4
@@ -141,6 +142,7 @@ class Guard:
     patience: int = 0
     progress: Callable[[str, int, int], None] | None = None
     journal: Journal | None = None
+    room: int = 1 << 30
 
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Reference values by digest (`remember.recall`); share one between guards and their runs share the values."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from expunge.core.errors import ExpungeError, JournalError
 from expunge.core.files import file_digest, write
+from expunge.core.machine import devices
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Journal:
         with torch.no_grad():
             for name, tensor in mine.items():
                 tensor.copy_(tensors[f"net.{name}"])
-        torch.set_rng_state(tensors["rng"])
+        devices.redrawn({n[4:]: t for n, t in tensors.items() if n.startswith("rng.")})
         losses.extend(doc["losses"])
         for name, value in doc["meter"].items():
             setattr(watch.meter, name, value)
@@ -136,10 +137,10 @@ class Journal:
                     params[int(key[7:])].copy_(value)
                 if key.startswith("opt."):
                     _, k, name = key.split(".", 2)
-                    stepper.state[params[int(k)]][name] = value.to(params[int(k)].device if value.ndim else "cpu")
+                    stepper.state[params[int(k)]][name] = value.to(params[int(k)].device if value.ndim else devices.HOST)
 
 
 def _state(session: Any, watch: Any) -> dict[str, Tensor]:
     best = {} if watch.best is None else {f"best.{n}": t for n, t in watch.best[1].items()}
     drawn = torch.tensor(sorted(watch.meter.drawn), dtype=torch.int64)
-    return {**{f"net.{n}": t for n, t in session.tensors().items()}, **best, "rng": torch.get_rng_state(), "drawn": drawn}
+    return {**{f"net.{n}": t for n, t in session.tensors().items()}, **best, **{f"rng.{n}": t for n, t in devices.drawn().items()}, "drawn": drawn}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Option:
     elsewhere: str = ""
     recipe: bool = True
     required: bool = False
+
+
+DEVICE = Option("device", "auto", "Where the models run: auto (CUDA, else MPS, else cpu), cpu, cuda, cuda:N or mps.")
+"""The option of every modality whose models are read from files."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +290,28 @@ class Modality:
 MODALITIES: Registry = Registry("expunge.modalities", "modality", only=r"\.modality$")
 
 
+@dataclass(frozen=True)
+class Placing:
+    """`Modality.open` or `load`, whose models then stand on the device that the request's option names."""
+
+    read: Callable[[Request], Any]
+
+    def __call__(self, request: Request) -> Any:
+        from expunge.core.machine.devices import device, placed
+
+        where = request.options.get("device", DEVICE.default)
+        device(where)  # a wrong name is told before anything is read
+        found = self.read(request)
+        for net in [found.model, found.after, *found.references] if isinstance(found, Opened) else [found]:
+            if net is not None:
+                placed(net if hasattr(net, "parameters") else net.model, where)  # a reference brings its record
+        return found
+
+
 def modality(record: Modality) -> Modality:
-    """Register a modality."""
+    """Register a modality; one whose models are read from files gets the option --device."""
+    if record.filed:
+        record = replace(record, options=(*record.options, DEVICE), open=Placing(record.open), load=Placing(record.load))
     MODALITIES.add(record)
     return record
 

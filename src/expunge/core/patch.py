@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,15 @@ from torch import Tensor, nn
 from expunge.core import hooks
 from expunge.core.digest import bare
 from expunge.core.edits import Edit, Hook, LowRank, Replace, bits, facts, feed, raw
-from expunge.core.errors import PatchError
+from expunge.core.errors import PatchError, plain, printable
 from expunge.core.files import file_digest, verified, write
 
 MAX_BYTES = 1 << 36
 """Largest patch file that is read: 64 GiB."""
+CLAIMS = 1 << 30
+"""Places of all tensors of which a file lists the edited ones one by one; reading takes a byte for each. Beyond it a file holds a bit for each place."""
+META = {"base": str, "method": str, "settings": dict, "seed": int, "version": str, "asked": str, "inverse_of": str, "assurance": str, "stable": bool}
+"""Types of what a patch says of itself, where it says it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +62,11 @@ class Patch:
         if wanted and found != wanted and not force:
             raise PatchError(f"patch was made for base {wanted[:8]}, this model is {found[:8]}: applied already, or another model?")
         undo: list[Edit] = []
-        self._write(model, undo)
+        try:
+            self._write(model, undo)
+        except BaseException:
+            Patch(tuple(reversed(undo)))._write(model, [])
+            raise
         inverse = tuple(reversed(undo))
         return Patch(inverse, {"base": _digest(inverse, model), "inverse_of": self.meta.get("method", "")})
 
@@ -105,11 +114,12 @@ class Patch:
                 raise PatchError(f"patch edits {edit.name}, which this model does not have: another architecture?")
             t = tensors[edit.name]
             if isinstance(edit, LowRank):
-                good = _low(edit, t)
+                good = _low(edit, t) and math.isfinite(edit.scale) and t.is_floating_point()
                 got = f"{tuple(edit.up.shape)} @ {tuple(edit.down.shape)}"
             else:
                 shape = edit.values.shape if edit.mask is None else edit.mask.shape
                 good, got = shape == t.shape and edit.values.dtype == t.dtype, f"{tuple(shape)} {edit.values.dtype}"
+                good = good and (edit.mask is None or (edit.mask.dtype is torch.bool and edit.values.shape == (int(edit.mask.sum()),)))
             if not good:
                 raise PatchError(f"patch holds {edit.name} as {got}, this model has {tuple(t.shape)} {t.dtype}: another model?")
 
@@ -161,6 +171,9 @@ class Patch:
 
         tensors: dict[str, Tensor] = {}
         listed = [_pack(edit, str(k), tensors) for k, edit in enumerate(self.edits)]
+        if _claimed(listed) > CLAIMS:
+            tensors.clear()
+            listed = [_pack(edit, str(k), tensors, sparse=False) for k, edit in enumerate(self.edits)]
         body = json.dumps({"format": 1, "edits": listed, "meta": dict(self.meta)}, sort_keys=True)
         digest = file_digest(body, tensors)
         header = {"expunge": body, "sha256": digest}
@@ -180,9 +193,18 @@ class Patch:
             doc = json.loads(body)
             if doc["format"] != 1:
                 raise PatchError(f"{path.name} has format {doc['format']}, this version reads 1")
-            return Patch(tuple(_unpack(e, str(k), tensors) for k, e in enumerate(doc["edits"])), doc["meta"])
-        except (KeyError, TypeError, IndexError, RuntimeError, json.JSONDecodeError) as error:
-            raise PatchError(f"{path.name} is not well-formed ({type(error).__name__}: {error})") from None
+            meta, listed = doc["meta"], doc["edits"]
+            if not isinstance(listed, list) or not isinstance(meta, dict):
+                raise TypeError("edits must be a list, meta a mapping")
+            if odd := [n for n, kind in META.items() if n in meta and (not isinstance(meta[n], kind) or isinstance(meta[n], bool) is not (kind is bool))]:
+                raise TypeError(f"{odd[0]} of meta must be {META[odd[0]].__name__}")
+            if _claimed(listed) > CLAIMS:
+                raise PatchError(f"{path.name} declares {_claimed(listed)} places that it lists one by one; the most are {CLAIMS}")
+            return Patch(tuple(_unpack(e, str(k), tensors) for k, e in enumerate(listed)), meta)
+        except PatchError:
+            raise
+        except (KeyError, TypeError, IndexError, RuntimeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+            raise PatchError(f"{printable(path.name)} is not well-formed ({plain(error)})") from None
 
 
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Patch:
@@ -214,7 +236,8 @@ def _low(edit: LowRank, t: Tensor) -> bool:
     up, down = edit.up, edit.down
     if up.ndim == down.ndim == 3:
         return t.shape == (len(up), up.shape[1], down.shape[2]) and len(up) == len(down) and up.shape[2] == down.shape[1]
-    return t.ndim >= 2 and up.ndim == down.ndim == 2 and up.shape[0] * down.shape[1] == t.numel() and up.shape[1] == down.shape[0]
+    good = t.ndim >= 2 and up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+    return good and (up.shape[0], down.shape[1]) in (t.flatten(1).shape, t.flatten(0, -2).shape)
 
 
 def _digest(edits: tuple[Edit, ...], model: nn.Module) -> str:
@@ -242,7 +265,20 @@ def _overlap(a: Edit, b: Edit) -> bool:
     return a.mask.shape != b.mask.shape or bool((a.mask & b.mask).any())
 
 
-def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _claimed(listed: list[Any]) -> int:
+    """Places of all tensors whose edited places are listed one by one."""
+    return sum(math.prod(_shape(e)) for e in listed if e.get("places") == "index")
+
+
+def _shape(listed: dict[str, Any]) -> list[int]:
+    """The shape that an edit declares. Raises ValueError for one that no tensor has."""
+    shape = listed["shape"]
+    if not isinstance(shape, list) or len(shape) > 16 or not all(type(s) is int and 0 <= s < 1 << 40 for s in shape):
+        raise ValueError("an edit's shape must list sizes")
+    return shape
+
+
+def _pack(edit: Edit, k: str, tensors: dict[str, Tensor], sparse: bool = True) -> dict[str, Any]:
     if isinstance(edit, Hook):
         tensors |= {f"{k}.hook.{n}": t.detach().contiguous().clone() for n, t in edit.tensors.items()}
         return {"kind": "hook", "name": edit.name, "wrap": edit.kind, "tensors": sorted(edit.tensors), "config": dict(edit.config)}
@@ -254,7 +290,7 @@ def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {"kind": "replace", "name": edit.name, "places": "all"}
     listed = {"kind": "replace", "name": edit.name, "shape": list(edit.mask.shape)}
     flat = edit.mask.reshape(-1)
-    if edit.values.numel() < flat.numel() / 64:
+    if sparse and edit.values.numel() < flat.numel() / 64:
         tensors[f"{k}.index"] = flat.nonzero().squeeze(1)
         return {**listed, "places": "index"}
     import numpy as np
@@ -265,20 +301,33 @@ def _pack(edit: Edit, k: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _unpack(listed: dict[str, Any], k: str, tensors: Mapping[str, Tensor]) -> Edit:
     name = listed["name"]
+    if not isinstance(name, str) or not name:
+        raise TypeError("an edit's name must be text")
     if listed["kind"] == "hook":
         return Hook(name, listed["wrap"], {n: tensors[f"{k}.hook.{n}"] for n in listed["tensors"]}, listed["config"])
     if listed["kind"] == "lowrank":
-        return LowRank(name, tensors[f"{k}.up"], tensors[f"{k}.down"], float(listed["scale"]))
+        up, down, scale = tensors[f"{k}.up"], tensors[f"{k}.down"], listed["scale"]
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise PatchError(f"patch scales {printable(name)} by {scale!r}, which is no finite number")
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not (up.is_floating_point() and down.is_floating_point()):
+            raise PatchError(f"patch holds {printable(name)} as {tuple(up.shape)} @ {tuple(down.shape)}: no product of two matrices")
+        return LowRank(name, up, down, float(scale))
+    if listed["kind"] != "replace" or listed["places"] not in ("all", "index", "bits"):
+        raise PatchError(f"patch holds {printable(name)} in a form that this version does not know")
     values = tensors[f"{k}.values"]
     if listed["places"] == "all":
         return Replace(name, values)
-    shape = [int(s) for s in listed["shape"]]
-    size = int(torch.tensor(shape).prod()) if shape else 1
+    if values.ndim != 1:
+        raise PatchError(f"patch holds values of {printable(name)} in {values.ndim} dimensions, not 1")
+    shape = _shape(listed)
+    size = math.prod(shape)
     mask = torch.zeros(0, dtype=torch.bool)
     if listed["places"] == "index":
         index = tensors[f"{k}.index"]
+        if index.dtype is not torch.int64 or index.ndim != 1:
+            raise PatchError(f"patch lists places of {printable(name)} as {index.dtype} in {index.ndim} dimensions")
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
-            raise PatchError(f"patch names places outside {name}")
+            raise PatchError(f"patch names places outside {printable(name)}")
         if size > 64 * max(1, index.numel()) * (1 << 20):
             raise PatchError(f"patch declares {size} places for {name}, far more than it fills")
         mask = torch.zeros(size, dtype=torch.bool)
@@ -287,6 +336,8 @@ def _unpack(listed: dict[str, Any], k: str, tensors: Mapping[str, Tensor]) -> Ed
         import numpy as np
 
         packed = tensors[f"{k}.bits"].numpy()
+        if packed.dtype != np.uint8 or packed.ndim != 1:
+            raise PatchError(f"patch holds no bits for {printable(name)}")
         if packed.size != -(-size // 8):
             raise PatchError(f"patch declares {size} places for {name} but holds bits for {packed.size * 8}")
         mask = torch.from_numpy(np.unpackbits(packed, count=size).astype(bool))

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from expunge.core import guard
 from expunge.core.errors import SettingError, SplitError, suggest
 from expunge.core.lookup import Registry
+from expunge.core.machine.bounds import ranged, seed_of
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import of
 from expunge.core.patch import Patch
 from expunge.core.types import Split, Task
@@ -117,7 +118,8 @@ class Method:
         for name, value in given.items():
             if name not in out:
                 raise SettingError(suggest(f"{self.name} has no setting", name, out))
-            out[name] = convert(f"{self.name}'s {name}", value, out[name])
+            what = f"{self.name}'s {name}"
+            out[name] = ranged(what, name, convert(what, value, out[name]), out[name])
         return out
 
     def preset(self, name: str) -> dict[str, Any]:
@@ -166,11 +168,10 @@ class Method:
         from expunge import __version__
 
         settings = self.settings(given)
+        seed_of(seed)
         self.check(task, split)
         watch = guard.current()
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with reseeded(seed):
             patch = self.function(model, guard.metered(task, split, watch.meter), split, seed=seed, **self._arguments(settings))
         meta = {"method": self.name, "settings": settings, "seed": seed, "assurance": self.assurance, "stable": self.stable, "version": __version__}
         return patch.stamped(model, **meta, asked=split.asked)
@@ -187,7 +188,7 @@ def convert(what: str, value: Any, default: Any) -> Any:
         if kind is int and float(value) != int(float(value)):
             raise ValueError
         return int(float(value)) if kind is int else kind(value)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise SettingError(f"{what} must be {kind.__name__}, not {value!r}") from None
 
 

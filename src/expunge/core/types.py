@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ScopeError, SplitError
+from expunge.core.machine.devices import HOST
 
 Batch = dict[str, Any]
 """`x` inputs, `y` targets, `i` (B,) positions in the data set the batch was drawn from; other tasks add their own keys."""
@@ -336,7 +337,7 @@ def absent(forget: Tensor, retain: Tensor) -> Tensor:
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the model's first parameter; CPU for a model without."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return next((p.device for p in model.parameters()), HOST)
 
 
 def float_of(model: nn.Module) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.files import write
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import of
 from expunge.core.stats import wilson
 from expunge.core.types import Records
@@ -53,8 +54,7 @@ def digits() -> tuple[Records, Records, Tensor, Tensor]:
 
 def deep(width: int = 64, depth: int = 6, seed: int = 0) -> nn.Sequential:
     """An MLP with `depth` hidden layers, one per adapter block of S3T, and a head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         layers: list[nn.Module] = []
         for k in range(depth):
             layers += [nn.Linear(64 if k == 0 else width, width), nn.ReLU()]

@@ -27,9 +27,12 @@ from torch import nn
 
 from expunge.core.digest import model_digest, whole
 from expunge.core.edits import Hook, LowRank
-from expunge.core.errors import Diverged, ExpungeError, JournalError, ScopeError, SplitError
+from expunge.core.errors import Diverged, ExpungeError, JournalError, ScopeError, SplitError, plain
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
+from expunge.core.machine import devices
+from expunge.core.machine.bounds import affordable, seed_of
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import made, of
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
@@ -44,6 +47,10 @@ OUTCOMES = (*GRADED, "no_op", "diverged", "refused", "failed")
 
 LEAST = 0.05
 """A loss of utility below this, of 1, is no harm, however little there was."""
+
+
+MANY, SAMPLE = 1e6, 32
+"""Examples above which a run is first held to `bounds.DAYS`, and examples by which the model's speed is read."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ def unlearn(
     task, record = made(task), METHODS[method]
     resolved = record.settings(settings)
     model = whole(model)
+    seed_of(seed)
     record.check(task, split)
     record.made_for(task, split)
     if name := unsound(model):
@@ -112,6 +120,8 @@ def unlearn(
     if why := broken(model, task, split):
         return Attempt(method, resolved, seed, "refused", f"the model given {why}", None)
     watch = guard or Guard()
+    if (examples := sum(record.expected(split, resolved))) > MANY:
+        affordable(method, resolved, examples, pace(model, task, split))
     watch.label, watch.progress = watch.label or method, watch.progress or progress
     if folder is not None:
         identity = [method, resolved, seed, model_digest(model), {n: p.digest for n, p in split.parts().items() if held(p)}]
@@ -120,17 +130,14 @@ def unlearn(
     where = None if watch.journal is None else watch.journal.folder
     there = set() if where is None else _there(where)
     device = device_of(model)
-    resident = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        resident = peak(anew=True)
+    counted = devices.peak_begun(device)
+    resident = 0 if counted else peak(anew=True)
     patch, start = None, time.perf_counter()
 
     def measured() -> None:
         watch.meter.seconds = time.perf_counter() - start
-        if device.type == "cuda":
-            watch.meter.memory = torch.cuda.max_memory_allocated(device)
+        if counted:
+            watch.meter.memory = devices.peak(device)
         elif resident:
             watch.meter.resident = max(0, peak() - resident)
 
@@ -154,8 +161,19 @@ def unlearn(
         if where is not None:
             _withdraw(where, there)
     except Exception as error:
-        outcome, reason = "failed", f"{type(error).__name__.lstrip('_')}: {next(iter(str(error).strip().splitlines()), 'no message')}"
+        outcome, reason = "failed", plain(error)
     return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter, ran=True, source=Source(model, task, split))
+
+
+def pace(model: nn.Module, task: Task, split: Split) -> float:
+    """Seconds that one example takes forward, at best: the shorter of two passes over at most SAMPLE forget records."""
+    batch, spent = task.batches(split.forget, min(SAMPLE, len(split.forget)))[0], []
+    with quiet(model):
+        for _ in range(2):
+            start = time.perf_counter()
+            task.forward(model, batch)
+            spent.append(time.perf_counter() - start)
+    return min(spent) / len(batch["i"])
 
 
 def peak(anew: bool = False, process: Path = Path("/proc/self")) -> int:
@@ -223,8 +241,7 @@ def _missed(record: Method, split: Split, watch: Guard) -> list[str]:
 
 def _harm(model: nn.Module, task: Task, split: Split, patch: Patch) -> list[str]:
     """Whether more than half of the modality's `kept` is lost, and LEAST at least; as a sentence with figures, or nothing."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), quiet(model):
+    with reseeded(), quiet(model):
         before = of(task).kept(model, task, split)
         if before is None or before < LEAST:
             return []

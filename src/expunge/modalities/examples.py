@@ -54,8 +54,13 @@ class Examples:
 
     @property
     def fault(self) -> str:
-        """What is wrong with the inputs, or nothing."""
-        return "" if all(bool(torch.isfinite(t.float()).all()) for t in self._inputs) else "holds inputs that are not finite"
+        """What is wrong with inputs or targets, or nothing."""
+        if not all(bool(torch.isfinite(t.float()).all()) for t in self._inputs):
+            return "holds inputs that are not finite"
+        if self.y.is_floating_point() and not bool((finite := torch.isfinite(self.y).flatten(1 if self.y.ndim > 1 else 0)).all()):
+            rows = (~finite.view(len(self.y), -1).all(1)).nonzero().flatten().tolist()
+            return f"holds targets that are not finite: {len(rows)} of {len(self.y)} records, the first with id {int(self.ids[rows[0]])}; leave them out"
+        return ""
 
     def joined(self, *others: Examples) -> Examples:
         """These records and those of the others, one after another."""

@@ -22,6 +22,7 @@ from torch import nn
 
 from expunge.core import digest, files
 from expunge.core.errors import DataError, SettingError, suggest
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import MODALITIES, Modality
 from expunge.core.types import Split, Task, concat
 from expunge.modalities.examples import Examples
@@ -114,8 +115,7 @@ class World:
             return _given(self.given, label)
         data = data if self.extra is None else concat(data, self.extra)
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with reseeded(seed):
             model = self.build()
             path = None if cache is None else Path(cache) / f"{self.name}-{self.digest}" / f"{label}.safetensors"
             if path is not None and path.exists():

@@ -4,7 +4,9 @@ them again. They go with the run."""
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from expunge.core import guard
 from expunge.core.digest import model_digest
 from expunge.core.errors import JournalError
-from expunge.core.files import write
+from expunge.core.files import seal, unsealed, write
+
+REFERENCE = "reference values"
 
 
 def recall(what: str, model: nn.Module, data: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -26,18 +30,15 @@ def recall(what: str, model: nn.Module, data: Any, make: Callable[[], dict[str, 
         if found is None:
             found = make()
             if path is not None:
-                from safetensors.torch import save
-
-                write(path, save({n: t.contiguous() for n, t in found.items()}), JournalError)
+                write(path, seal(REFERENCE, found), JournalError)
         watch.kept[key] = found
     return watch.kept[key]
 
 
-def _read(path) -> dict[str, Tensor] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """What `recall` wrote there; None for what cannot be read as that, which is computed again."""
     try:
-        return load_file(path) if path.exists() else None
-    except (SafetensorError, OSError):
+        return unsealed(path, REFERENCE, JournalError, "it is made again") if path.exists() else None
+    except JournalError as error:
+        warnings.warn(f"{error}: the reference values are computed again", stacklevel=2)
         return None

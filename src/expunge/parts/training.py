@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import of
 from expunge.core.session import scratch
 from expunge.core.types import Task, device_of, float_of
@@ -33,8 +34,7 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     initialisation that the model's own constructor added on top (kaiming, say) is not repeated. A model of transformers or diffusers, also one inside
     the model, is made anew from its configuration.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         if (made := _configured(model)) is not None:
             return made
         twin = copy.deepcopy(model)

@@ -22,8 +22,10 @@ from expunge.audits.plants import EXPECTED, Plants
 from expunge.audits.references import Refusal, believed
 from expunge.audits.verdict import Trial, checks_for, default_rules, selftest
 from expunge.core.digest import model_digest, whole
-from expunge.core.errors import GateError, ModelError, PatchError, ReportError, SettingError
+from expunge.core.errors import GateError, ModelError, PatchError, ReportError, SettingError, SplitError
 from expunge.core.files import write
+from expunge.core.guard import quiet
+from expunge.core.machine.bounds import seed_of
 from expunge.core.modality import Modality, made, of
 from expunge.core.patch import Patch
 from expunge.core.registry import CHECKS, METHODS
@@ -338,6 +340,16 @@ def reversible(model: nn.Module, attempt: Attempt) -> bool:
     return model_digest(twin) == model_digest(model)
 
 
+def fitting(after: nn.Module, task: Task, split: Split) -> None:
+    """Raises ModelError, or what the modality says, for a model after that cannot take the data."""
+    of(task).fits(after, split, "the model after")
+    try:
+        with quiet(after):
+            of(task).preflight(after, task, split)
+    except SplitError as error:
+        raise ModelError(f"the model after does not fit the data that the model before takes: {error}") from None
+
+
 def audited(
     before: nn.Module, after: nn.Module, task: Task | str, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
     seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
@@ -355,6 +367,7 @@ def audited(
                patch; `workers` at a time, what they read kept in `folder`. They are made where nothing else refutes the candidate
     """
     before, after, task = whole(before), whole(after), made(task)
+    seed_of(seed)
     if name := unsound(before):
         raise ModelError(f"the model before holds values that are not finite, first in {name}: nothing can be audited against it")
     preflight(before, task, split)
@@ -363,7 +376,7 @@ def audited(
     attempt = attempt or Attempt("given", {}, seed, "ok", "", None)
     if why := unsound(after):
         return unreadable(Probe(before, after, task, split, seed=seed), attempt, f"holds values that are not finite, first in {why}", rules, require)
-    of(task).fits(after, split, "the model after")
+    fitting(after, task, split)
     if why := broken(after, task, split, ALL):
         return unreadable(Probe(before, after, task, split, seed=seed), attempt, why, rules, require)
     if attempt.outcome == "ok" and (same := alike(before, after, task, split)):

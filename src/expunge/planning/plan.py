@@ -16,6 +16,7 @@ from expunge.audits.core import Probe
 from expunge.audits.verdict import Trial, blind, checks_for
 from expunge.core.digest import whole
 from expunge.core.errors import ExpungeError, ModelError, SettingError
+from expunge.core.machine.bounds import seed_of
 from expunge.core.modality import Parted, made, of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
@@ -23,7 +24,7 @@ from expunge.engine.run import GRADED, preflight, unsound
 from expunge.planning import advice
 from expunge.planning.outcome import Try, Verdict, baselines, examined, families, first, patched, regraded, remarks, required, trusted
 from expunge.planning.plants import Recipe, controls, dealt, pause
-from expunge.planning.search import Course, best_of, bracketed, changed, fronted, halved, searched, worth
+from expunge.planning.search import Course, best_of, bracketed, broke, changed, fronted, halved, searched, worth
 
 KINDS = {"moe": "a mixture of experts"}
 """What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
@@ -121,6 +122,7 @@ def forget(
     """
     task = made(task)
     until = time.perf_counter() + 60 * minutes
+    seed_of(seed)
     asked = families(task, rules)
     required(asked, require)
     if not minutes > 0:
@@ -151,6 +153,14 @@ def forget(
     course = Course(model, task, parted.trained, validate, seed, settings or {}, folder, progress=progress, until=until, screen=screen)
 
     def audit(t: Try) -> Try:
+        try:
+            return audit_of(t)
+        except (ExpungeError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            return Try(broke(t.attempt, "audit", error), score=t.score)
+
+    def audit_of(t: Try) -> Try:
         after = patched(model, t.attempt)
         seen = examined(p, t.attempt, after, trials, slow, checks, require=require, refused=refused, families=asked)
         if twins and seen.grade is not None and seen.grade.grade != "refuted" and t.attempt.outcome == "ok":

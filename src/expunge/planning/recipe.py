@@ -29,6 +29,7 @@ from typing import Any
 
 from expunge.core.errors import RecipeError, SettingError, suggest
 from expunge.core.files import inside
+from expunge.core.machine.bounds import seed_of
 from expunge.core.modality import MODALITIES, Option, Request, named
 from expunge.core.registry import METHODS
 from expunge.core.types import bytes_of
@@ -90,7 +91,7 @@ def read(path: Path | str) -> Recipe:
         allowed = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict, "bool": bool}[kinds[key]]
         if not isinstance(value, allowed) or (isinstance(value, bool) and kinds[key] != "bool"):
             raise RecipeError(f"{key} in {path.name} must be of type {kinds[key]}, not {value!r}")
-        values[key] = value
+        values[key] = _typed(f"{key} in {path.name}", key, value)
     try:
         modality = named(values.get("task", "classification"))
     except SettingError as error:
@@ -105,6 +106,22 @@ def read(path: Path | str) -> Recipe:
         raise RecipeError(f"with.{odd[0]} in {path.name} must be a table of settings, not {values['settings'][odd[0]]!r}")
     given = {o.name: values.get(o.name, o.default) for o in modality.options}
     return Recipe(folder=path.parent.resolve(), options=given, **{k: v for k, v in values.items() if k in common})
+
+
+def _typed(what: str, key: str, value: Any) -> Any:
+    """The value, if what it is made of fits too: lists of texts, gates of rules, numbers in their range. Raises RecipeError."""
+    if isinstance(value, list) and (odd := [v for v in value if not isinstance(v, str)]):
+        raise RecipeError(f"{what} must list texts, not {odd[0]!r}")
+    if key == "gate" and isinstance(value, dict) and (odd := [(k, v) for k, v in value.items() if not isinstance(v, str)]):
+        raise RecipeError(f'{what} must map rows to rules such as "<= 0.05"; {odd[0][0]} is {odd[0][1]!r}')
+    if key == "seed":
+        try:
+            return seed_of(value)
+        except SettingError as error:
+            raise RecipeError(f"{what}: {error}") from None
+    if isinstance(value, (int, float)) and key in ("minutes", "retrain_epochs", "twins") and not (math.isfinite(value) and value >= 0):
+        raise RecipeError(f"{what} must be a finite number, 0 or more, not {value!r}")
+    return value
 
 
 def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = None):

@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import nn
 
+from expunge.core.errors import ExpungeError, plain
 from expunge.core.guard import Guard, Meter
 from expunge.core.modality import of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
-from expunge.engine.run import GRADED, unlearn
+from expunge.engine.run import GRADED, Attempt, unlearn
 from expunge.planning.outcome import Try, patched
 
 DOWN, UP = ("harmed", "diverged"), ("no_op",)
@@ -72,15 +73,32 @@ class Course:
             max_seconds=max(LEAST, self.until - time.perf_counter()),
         )  # fmt: skip
         where = None if self.folder is None else Path(self.folder) / f"{name}-{place}"
-        attempt = unlearn(name, self.model, self.task, self.split, seed=self.seed, guard=watch, folder=where, **{**fixed, **change})
+        attempt = self._attempt(name, watch, where, {**fixed, **change})
         if attempt.outcome == "refused" and "retain" in change:
             own = {k: v for k, v in change.items() if k != "retain"}
             again = replace(watch, meter=Meter(), coverage={}, doubts=[])
-            attempt = unlearn(name, self.model, self.task, self.split, seed=self.seed, guard=again, folder=where, **{**fixed, **own})
+            attempt = self._attempt(name, again, where, {**fixed, **own})
         if self.validate is None or attempt.patch is None:
             return Try(attempt)
-        after = patched(self.model, attempt)
-        return Try(attempt, score=self.validate(after) - (self.screen(after) if self.screen is not None and attempt.outcome == "ok" else 0.0))
+        try:
+            after = patched(self.model, attempt)
+            return Try(attempt, score=self.validate(after) - (self.screen(after) if self.screen is not None and attempt.outcome == "ok" else 0.0))
+        except Exception as error:
+            return Try(broke(attempt, "validation", error))
+
+    def _attempt(self, name: str, watch: Guard, where: Path | None, settings: Mapping[str, Any]) -> Attempt:
+        """`unlearn`; where the user named none of the settings, a refusal is this run's outcome and does not end the search."""
+        try:
+            return unlearn(name, self.model, self.task, self.split, seed=self.seed, guard=watch, folder=where, **settings)
+        except ExpungeError as error:
+            if self.fixed.get(name):
+                raise
+            return Attempt(name, METHODS[name].settings(settings), self.seed, "refused", plain(error), None)
+
+
+def broke(attempt: Attempt, what: str, error: Exception) -> Attempt:
+    """The attempt as `failed`, because something that reads its result ended in an exception."""
+    return replace(attempt, outcome="failed", reason=f"its {what} broke off: {plain(error)}", patch=None)
 
 
 def searched(name: str, task: Task, fixed: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expunge.core.machine.devices import reseeded
 from expunge.core.types import Task, spread
 
 New = Mapping[str, Tensor]
@@ -198,8 +199,7 @@ def unranked(before: nn.Module, model: nn.Module) -> New:
     for n, (a, b) in changed(before, model).items():
         if b.ndim == 2:
             d = (b - a).float()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with reseeded(0):
                 u, s, v = torch.svd_lowrank(d, q=min(RANK + 4, *d.shape))
             k = min(RANK, len(s))
             out[n] = b - ((u[:, :k] * s[:k]) @ v[:, :k].T).to(b.dtype)

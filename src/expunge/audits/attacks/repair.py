@@ -399,6 +399,7 @@ def _taught(p: Probe, r: Reading, model: nn.Module, kept: Any, first: Tensor, sh
     if outer.weight.numel() > WIDEST:
         return None
     (h, y, who), (hk, yk, _) = _states(p, model, outer, r.data.take(range(r.n))), _states(p, model, outer, some(kept, 32))
+    h, y, hk, yk = (t.to(outer.weight.device) for t in (h, y, hk, yk))
     found = []
     for n in shots:
         w = outer.weight.detach().float().clone().requires_grad_(True)
@@ -410,7 +411,7 @@ def _taught(p: Probe, r: Reading, model: nn.Module, kept: Any, first: Tensor, sh
                 (F.cross_entropy(h[mine] @ w.T, y[mine]) + F.cross_entropy(hk @ w.T, yk)).backward()
             stepper.step()
         with torch.no_grad():
-            losses = F.cross_entropy(h @ w.T, y, reduction="none")
+            losses = F.cross_entropy(h @ w.T, y, reduction="none").cpu()
         total = torch.zeros(r.n).index_add_(0, who, losses) / torch.zeros(r.n).index_add_(0, who, torch.ones_like(losses))
         found.append((-total).exp()[hidden].double())
     return torch.stack(found).mean(0)

@@ -24,6 +24,7 @@ from expunge.audits.core import Row
 from expunge.audits.drop import paired
 from expunge.core import guard
 from expunge.core.errors import DataError, SettingError, SplitError, suggest
+from expunge.core.machine.devices import reseeded
 from expunge.core.stats import wilson
 from expunge.core.types import Batch, Out, Task
 from expunge.data.records.augment import crop_flip
@@ -110,8 +111,7 @@ def _correct(build: Callable, task: Task, way: Counter, data: Examples, test: Ex
         data, test = (replace(d, x=way.fixed(d.x)) for d in (data, test))
     if way.augment:
         data = replace(data, augment=way.augment)
-    with torch.random.fork_rng(devices=[]), guard.watching(guard.Guard()):
-        torch.manual_seed(seed)
+    with reseeded(seed), guard.watching(guard.Guard()):
         model = build()
         train(model, attacked(task, eps, steps) if way.attacked else task, data, seed=seed, **recipe)
     return score(model, task, test).correct

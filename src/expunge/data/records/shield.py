@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from expunge.core import guard
 from expunge.core.errors import DataError, SettingError
+from expunge.core.machine.devices import reseeded
 from expunge.core.session import scratch
 from expunge.core.types import Out, Task
 from expunge.modalities.examples import Examples
@@ -161,8 +162,7 @@ def _network(shape: tuple[int, ...], width: int, generator: torch.Generator) -> 
     def convolution(a: int, b: int) -> list[nn.Module]:
         return [nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(1, b)]
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(1 << 62, (1,), generator=generator)))
+    with reseeded(int(torch.randint(1 << 62, (1,), generator=generator))):
         inner = nn.Sequential(*convolution(width, width), nn.ReLU(), *convolution(width, width))
         net = nn.Sequential(*convolution(shape[0], width), nn.ReLU(), Residual(inner), nn.ReLU(), nn.Conv2d(width, shape[0], 3, padding=1))
         return net, torch.rand(1, *shape)

@@ -191,7 +191,7 @@ def fit(
     check(s, history := (Phase(steps, n),))
     w = noisy.start((classes, x.shape[1]), eta, lam, s.sigma, noise).to(x.device)
     w, done = noisy.run(w, x, y, eta=eta, lam=lam, sigma=s.sigma, steps=steps, noise=noise, clip=clip)
-    return Head(w, certify(s, history, [done], noise.name), x, y, ids.detach().long().to("cpu", copy=True), (), noise, clip)
+    return Head(w, certify(s, history, [done], noise.name), x, y, ids.detach().long().cpu().clone(), (), noise, clip)
 
 
 def predict(weights: Tensor, s: Settings, features: Tensor) -> Tensor:

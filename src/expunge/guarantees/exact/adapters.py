@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ModelError, ScopeError
+from expunge.core.machine.devices import reseeded
 from expunge.modalities.classification.task import head
 from expunge.parts.scopes.lora import exactly
 
@@ -62,8 +63,7 @@ def start(model: nn.Module, blocks: int, *, rank: int = 16, alpha: float = 16.0,
         raise ScopeError(f"{blocks} blocks need as many linear layers or convolutions below the head; the model has {len(layers)}")
     ours = copy.deepcopy(model).requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly(layers), lora_dropout=0.0, use_rslora=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         inject_adapter_in_model(config, ours, "expunge")
     ours.eval()
     named = [n for n, _ in ours.named_parameters()]

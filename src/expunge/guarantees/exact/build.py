@@ -21,6 +21,7 @@ from torch import nn
 
 from expunge.core.edits import raw
 from expunge.core.errors import SettingError
+from expunge.core.machine.devices import reseeded
 from expunge.core.session import Session, scratch
 from expunge.core.types import Records, Task
 from expunge.engine.jobs import map_jobs
@@ -131,8 +132,7 @@ def train(work: Work) -> int:
             if component.block < 0:
                 session.train()
             batches = work.task.batches(work.data.take(at), work.training.batch_size, epochs=component.epochs, seed=seeded(key))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeded(key))  # dropout draws from the global generator
+            with reseeded(seeded(key)):  # dropout draws from the global generator
                 descend(session, lambda b, m=model: work.task.forward(m, b).mean.mean(), batches, **work.training.options())
             _finish(store, work.start, model, component, key, parent, len(at))
             done += 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import StoreError
-from expunge.core.files import write
+from expunge.core.errors import StoreError, plain
+from expunge.core.files import seal_json, unsealed_json, write
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class Proof:
         return {**asdict(self), "holds": self.holds}
 
     def save(self, path: Path | str) -> Path:
-        """Write it as JSON."""
-        return write(path, json.dumps(self.document(), indent=1, sort_keys=True))
+        """Write it as JSON, with its checksum."""
+        return write(path, seal_json(self.document()))
 
     def __str__(self) -> str:
         if not self.ids:
@@ -83,10 +82,15 @@ class Proof:
 
 def read(path: Path | str) -> Proof:
     """A proof from its file. Raises StoreError for a file that is none."""
+    path = Path(path)
+    doc = unsealed_json(path, StoreError, "is no proof of a deletion")
     try:
-        doc = json.loads(Path(path).read_text(encoding="utf-8"))
-        doc.pop("holds", None)
+        held = doc.pop("holds")
         lists = {n: tuple(doc[n]) for n in ("ids", "already", "touched", "untouched", "trained")}
-        return Proof(**{**doc, **lists})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{Path(path).name} is no proof of a deletion: {str(error).splitlines()[0][:80]}") from None
+        found = Proof(**{**doc, **lists})
+        same = found.holds is held
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path.name} is no proof of a deletion: {plain(error)[:80]}") from None
+    if not same:
+        raise StoreError(f"{path.name} says that it holds where its components do not, or the other way round")
+    return found

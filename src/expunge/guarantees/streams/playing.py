@@ -14,6 +14,7 @@ from expunge.core import guard
 from expunge.core.digest import model_digest
 from expunge.core.edits import Hook
 from expunge.core.errors import ExpungeError, SettingError
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import of
 from expunge.core.types import Records, Split, Task
 from expunge.data.records.memory import FisherSum, Memory
@@ -61,8 +62,7 @@ def play(
 def _request(s: State, k: int, r: Request, rows: Tensor, task: Task, train: Records, test: Records | None, course: Course, seed: int) -> Step:
     watch, data, start = guard.Guard(label=f"request {k}"), train.take(rows), time.perf_counter()
     counted = guard.metered(task, Split(data), watch.meter)
-    with guard.watching(watch), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with guard.watching(watch), reseeded(seed):
         if r.kind == "learn":
             passes = 0
             learn(s, counted, data, train.y[s.part >= 0].unique(), course, course.epochs, seed)

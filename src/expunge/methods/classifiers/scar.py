@@ -131,22 +131,18 @@ def without(a: Moments, labels: Tensor) -> Moments:
     return replace(a, count=a.count * kept)
 
 
+STATISTICS = "statistics of scar"
+"""What their file says that it holds."""
+
+
 def save(found: Moments, path: Path | str) -> Path:
     """Write the sums as one safetensors file."""
-    from safetensors.torch import save as packed
-
-    return files.write(path, packed({n: v.cpu().contiguous() for n, v in vars(found).items()}))
+    return files.write(path, files.seal(STATISTICS, vars(found)))
 
 
 def load(path: Path | str, like: Moments) -> Moments:
     """Read what `save` wrote; raises DataError for no such file, or sums of other classes, features or power than `like`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read statistics from '{path}': {error}; write retain, anchor, auto or the name of a file made by scar.save") from None
+    found = files.unsealed(Path(path), STATISTICS, DataError, "write retain, anchor, auto or the name of a file made by scar.save")
     want = {n: v.shape for n, v in vars(like).items()}
     if {n: v.shape for n, v in found.items()} != want or found["delta"] != like.delta:
         raise DataError(f"{Path(path).name} holds statistics of another network or of another power than delta={float(like.delta):g}")

@@ -92,5 +92,5 @@ def guided(task: Any, model: nn.Module, batch: Batch, lam: float) -> Tensor:
     """(B,) L_guid + lam L_unc at states whose `cond` is the wanted u* + g*(a) and whose `null` is u*."""
     with torch.set_grad_enabled(lam > 0):
         u = task.forward(model, {**batch, "y": task.null.expand(len(batch["i"]), -1)}).pred
-    target = u.detach() + (batch["cond"] - batch["null"])
-    return squared(task, model, batch, target) + lam * (u - batch["null"]).square().flatten(1).mean(1)
+    cond, null = batch["cond"].to(u.device), batch["null"].to(u.device)
+    return squared(task, model, batch, u.detach() + (cond - null)) + lam * (u - null).square().flatten(1).mean(1)

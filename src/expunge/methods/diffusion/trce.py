@@ -210,7 +210,7 @@ def trce(
         b, *rest = batches
         both = {k: torch.cat([b[k], b[k]]) for k in ("xt", "t", "i", "cond", "null")}
         n = task.forward(model, {**both, "y": torch.cat([b["y"], task.null.expand_as(b["y"])])}).pred
-        h = hinge(n, both["cond"], both["null"], beta, margin)
+        h = hinge(n, both["cond"].to(n.device), both["null"].to(n.device), beta, margin)
         active.add_(active.new_tensor([float((h > 0).float().mean()), 1.0]))
         value = h.mean()
         for r, weight in zip(rest, (keep, alpha), strict=False):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import DataError, ModelError
+from expunge.core.machine import devices
 from expunge.core.types import device_of
 from expunge.modalities.diffusion.task import Painting, Schedule, diffusion
 from expunge.modalities.diffusion.tiny import Diffusion
@@ -126,7 +127,7 @@ def load(folder: Path | str, *, dtype: str = "auto", finite: bool = True) -> Pip
     folder = Path(folder)
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
-    if dtype == "float16" and not torch.cuda.is_available():
+    if dtype == "float16" and devices.device() == devices.HOST:
         raise ModelError("float16 arithmetic needs a GPU: use --dtype float32 (or bfloat16) here")
     kind = configuration(folder / "model_index.json", folder).get("_class_name")
     if kind not in KINDS:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from expunge.core.errors import SettingError
+from expunge.core.machine.devices import reseeded
 from expunge.modalities.diffusion.pipelines import needed, quietly
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -70,8 +69,7 @@ def pipeline(folder: Path | str, size: str = "tiny", *, xl: bool = False, predic
     more: dict[str, Any] = {}
     if xl:
         more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": pooled + 6 * 8}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         parts: dict[str, Any] = {
             "unet": UNet2DConditionModel(in_channels=4, out_channels=4, cross_attention_dim=2 * width if xl else width, **kind["unet"], **more),
             "vae": AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, **kind["vae"]),

@@ -116,7 +116,8 @@ def pool(model: nn.Module, task: Any, data: Pictures, n: int, *, guidance: float
 
 def squared(task: Any, model: nn.Module, batch: Batch, target: Tensor) -> Tensor:
     """(B,) mean over the elements of (e(x_t, t, c) - target)^2, in float32. Check (card esd): e - target = (0.8, -0.8) gives 0.64."""
-    return (task.forward(model, batch).pred - target).square().flatten(1).mean(1)
+    pred = task.forward(model, batch).pred
+    return (pred - target.to(pred.device)).square().flatten(1).mean(1)
 
 
 def counterparts(asked: Pictures, there: Pictures, instead: Pictures, name: str = "anchor") -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import DataError
+from expunge.core.machine.devices import reseeded
 from expunge.core.types import Split
 from expunge.modalities.classification.task import classification
 from expunge.modalities.diffusion.task import Schedule, diffusion
@@ -122,8 +123,7 @@ def trained_judge(
     """One classifier per domain, trained on the world's images under small shifts of brightness and place; its accuracy is read on held-out images."""
     models, right = {}, {}
     for domain, classes in names.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(99)
+        with reseeded(99):
             model = judge_net(x.shape[1], x.shape[2], len(classes))
         data = Examples(x, labels[domain], torch.arange(len(x)), augment=jitter)
         training.train(model, classification(), data, epochs=epochs, batch_size=64, lr=lr, momentum=0.9, schedule="cosine", optimizer="nesterov", seed=99)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -15,7 +16,9 @@ from torch import nn
 
 from expunge.core.digest import distinct
 from expunge.core.errors import ExpungeError, ModelError, SettingError, printable
+from expunge.core.errors import plain as told
 from expunge.core.files import write
+from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.files import folders
 
@@ -35,6 +38,9 @@ def call(spec: str, error: type[ExpungeError] = ModelError, folder: Path | None 
         return getattr(importlib.import_module(parts[1]), parts[2])()
     except (ImportError, AttributeError) as problem:
         raise error(f"cannot call {spec}: {problem}") from None
+    except (Exception, SystemExit) as problem:
+        at = traceback.extract_tb(problem.__traceback__)[-1]
+        raise error(f"{spec} raised {told(problem)} ({Path(at.filename).name}, line {at.lineno})") from None
     finally:
         sys.path.remove(place)
 
@@ -43,10 +49,11 @@ UNTRAINED = "none"
 """What --weights says where the factory loads the weights itself."""
 
 
-def load(spec: str, weights: Path | str | None = None, folder: Path | None = None, *, finite: bool = True) -> nn.Module:
+def load(spec: str, weights: Path | str | None = None, folder: Path | None = None, *, finite: bool = True, dtype: str = "auto") -> nn.Module:
     """The model of a spec, in eval mode, with the state dict of a safetensors file if one is named.
 
     spec   py:module:factory, timm:NAME?num_classes=10, or a folder that save_pretrained wrote with an image classifier in it
+    dtype  auto (as the factory and the file have it), or the floating type that it is cast to (`core.machine.devices`)
     Raises ModelError for a factory that fails, a pickle, a damaged file, names or shapes that do not fit, or weights that are not
     finite (unless `finite` is False: then the audit says so).
     """
@@ -59,7 +66,8 @@ def load(spec: str, weights: Path | str | None = None, folder: Path | None = Non
         raise ModelError(f"{spec} returned {type(model).__name__}, not a torch module")
     if weights is not None:
         model.load_state_dict(read_state(Path(weights), model, finite=finite), strict=False)
-    return model.eval()
+    kind = devices.dtype(dtype)
+    return (model if kind is None else model.to(kind)).eval()
 
 
 def chosen(spec: str, weights: str, folder: Path | None = None) -> str:

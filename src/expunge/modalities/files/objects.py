@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import DataError, printable
+from expunge.core.machine.devices import reseeded
 from expunge.modalities.examples import Examples
 from expunge.modalities.files import schema as schemas
 from expunge.modalities.files.feeding import Feed, fed, from_record
@@ -244,7 +245,7 @@ def _mapped(value: Any, options: Any, labelled: bool, known: Schema | None, feed
     """Examples of a map-style data set, each record read once, in order."""
     if not len(value):
         raise DataError(f"{what} holds no record")
-    with torch.random.fork_rng(devices=[]):
+    with reseeded():
         first, again = (_pair(value[0], options, what) for _ in range(2))
     if not _same(first[0], again[0]):
         raise DataError(f"record 0 of {what} is another each time it is read (random augmentation?); give the data set without random transforms")

@@ -7,6 +7,7 @@ from expunge.core.modality import Option
 OPTIONS = (
     Option("train", "", "py:, csv:, parquet:, images:, datasets: or world: data.", required=True),
     Option("weights", "", "Safetensors state dict of the model; none: the factory loads its own."),
+    Option("dtype", "auto", "auto (as stored), float32, bfloat16 or float64: the model is cast to it."),
     Option("test", "", "Data that was never trained on."),
     Option("corrected", False, "The training data also holds inputs of what must go under their right target, to be kept."),
     Option("plants", "", "Records like those to forget that the model never saw, for --twins; without it, half of validation; wrong: that under wrong labels."),

@@ -128,15 +128,15 @@ def read(request: Request, task: str) -> Opened:
 
 def load(request: Request) -> nn.Module:
     """The model of the factory or folder with the weights after, where the request names them, or those before. What is named after may be a folder, too."""
-    inside = request.folder if request.inside else None
+    inside, kind = request.folder if request.inside else None, request.options.get("dtype", "auto")
     if request.after and folders.is_folder(request.after, request.folder):
         request.path(request.after)
-        return models.load(request.after, None, request.folder, finite=False)
+        return models.load(request.after, None, request.folder, finite=False, dtype=kind)
     weights = request.after or models.chosen(request.model, request.options["weights"], request.folder)
     if not request.model.startswith(("py:", "timm:")):
         request.path(request.model)
         inside = request.folder
-    return models.load(request.model, request.path(weights) if weights else None, inside, finite=not request.after)
+    return models.load(request.model, request.path(weights) if weights else None, inside, finite=not request.after, dtype=kind)
 
 
 def sized(request: Request, task: str) -> tuple[Task, Split, Any]:
@@ -163,7 +163,7 @@ def apply(patch: Any, model: str, out: str, key: bytes | None, options: dict[str
         made, inverse = folders.release(folders.load(Path(model)), Path(model), patch, Path(out))
         return [str(made), str(inverse.save(made.with_name(f"{made.name}.undo.safetensors"), key))]
     weights = models.chosen(model, options["weights"])
-    net = models.load(model, Path(weights) if weights else None)
+    net = models.load(model, Path(weights) if weights else None, dtype=options.get("dtype", "auto"))
     inverse = patch.apply(net)
     return [str(models.save_state(net, out)), str(inverse.save(Path(out).with_suffix(".undo.safetensors"), key))]
 
@@ -174,6 +174,6 @@ def revert(patch: Any, model: str, out: str, options: dict[str, Any]) -> list[st
         return [str(folders.release(folders.load(Path(model)), Path(model), patch, Path(out))[0])]
     if not options["weights"]:
         raise SettingError("--weights is missing")
-    net = models.load(model, Path(options["weights"]))
+    net = models.load(model, Path(options["weights"]), dtype=options.get("dtype", "auto"))
     patch.apply(net)
     return [str(models.save_state(net, out))]

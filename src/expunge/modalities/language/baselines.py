@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 
 from expunge.core.guard import Guard, watching
+from expunge.core.machine.devices import reseeded
 from expunge.core.session import Session
 from expunge.core.types import Split, Task
 from expunge.modalities.language.autopilot import pace
@@ -36,8 +36,7 @@ def anew(model: nn.Module, task: Task, split: Split, seed: int = 0) -> dict[str,
     old = twin.get_output_embeddings() if hasattr(twin, "get_output_embeddings") else None
     if not isinstance(old, nn.Linear):
         return {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         head = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None).to(old.weight)
         nn.init.normal_(head.weight, std=float(getattr(twin.config, "initializer_range", 0.02)))
     twin.requires_grad_(False)

@@ -20,6 +20,7 @@ from torch import nn
 
 from expunge.core.edits import LowRank
 from expunge.core.errors import ModelError
+from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import quietly
 
@@ -103,7 +104,7 @@ def skeleton(folder: Path | str) -> nn.Module:
     _whole(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"), quietly():
+        with devices.EMPTY, quietly():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot read the configuration of {folder.name}: {str(error).strip().splitlines()[0]}") from None

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from expunge.core.errors import ModelError, SplitError
 from expunge.core.guard import quiet
+from expunge.core.machine.devices import reseeded
 from expunge.core.types import IGNORE, Batch, Out, Task, device_of
 from expunge.modalities.language.texts import Texts
 
@@ -146,9 +147,7 @@ def generate(
         for r, k in enumerate(rows.tolist()):
             x[r, width - len(prompts[k]) :] = prompts[k]
             mask[r, width - len(prompts[k]) :] = 1
-        with quiet(model), torch.random.fork_rng(devices=[], enabled=temperature > 0):
-            if temperature > 0:
-                torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        with quiet(model), reseeded(int(torch.randint(2**31, (1,), generator=generator)) if temperature > 0 else None):
             out = model.generate(input_ids=x.to(device), attention_mask=mask.to(device), **options)[:, width:].cpu()  # pyright: ignore
         for r, k in enumerate(rows.tolist()):
             cut = [t for t, token in enumerate(out[r].tolist()) if token in stops]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError, SettingError
+from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import quietly as _quietly
 
@@ -111,7 +112,7 @@ def skeleton(folder: Path | str) -> nn.Module:
 
     configured(folder)
     try:
-        with torch.device("meta"), _quietly():
+        with devices.EMPTY, _quietly():
             return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, **LOCAL), trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot read the configuration of {Path(folder).name}: {_first(error)}") from None

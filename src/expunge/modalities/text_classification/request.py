@@ -60,7 +60,7 @@ def files(request: Request) -> dict[str, list[dict[str, Any]]]:
 def split(request: Request, parts: Mapping[str, Examples], names: Mapping[str, int]) -> Split:
     """Forget and retain of train by the selector, test and validation, a share of test where none is named."""
     what, asked = chosen(request.what, names)
-    forget, retain = resolve(what, parts["train"], request.folder)
+    forget, retain = resolve(what, parts["train"], request.folder, inside=request.inside)
     test, validation = parts.get("test"), parts.get("validation")
     if (part := share(request.options["validation"])) and test is not None and validation is None and (cut := int(part * len(test))):
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import ScopeError
+from expunge.core.machine.devices import reseeded
 from expunge.core.types import Data, Task
 
 EPS = 1e-5
@@ -49,8 +50,7 @@ def fit(weight: Tensor, rows: Tensor, rank: int, scale: float, *, eps: float = E
         raise ScopeError(f"rank {rank} is larger than a side of a {weight.shape[0]} x {weight.shape[1]} weight; lower lora, or name larger layers")
     wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
     matrix, w = weight.detach().to(wide), rows.to(weight.device, wide)
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         u, s, v = torch.svd_lowrank(w[:, None] * matrix, q=min(rank + OVERSAMPLING, *weight.shape), niter=ITERATIONS)
     root = (s[:rank].clamp(min=0) / scale).sqrt()
     return u[:, :rank] * root / (w[:, None] + eps), (v[:, :rank] * root).T.contiguous()

@@ -56,7 +56,7 @@ def top(scores: dict[str, Tensor], keep: float, buffers: str = "move") -> Scope:
     if n == 0:
         raise SettingError(f"keep={keep} of {total} weights keeps none; raise keep")
     wide = torch.float64 if any(s.dtype is torch.float64 for s in scores.values()) else torch.float32
-    flat = np.concatenate([s.detach().reshape(-1).to("cpu", wide).numpy() for s in scores.values()])
+    flat = np.concatenate([s.detach().reshape(-1).to(wide).cpu().numpy() for s in scores.values()])
     flat.partition(total - n)
     threshold = flat[total - n].item()
     del flat

@@ -18,7 +18,7 @@ from expunge.core.session import Bound
 from expunge.core.types import Out, Task, each
 
 CHUNK = 64
-"""Per-example gradients held at once."""
+"""Per-example gradients held at once, at most; fewer where they would take more bytes than the guard has room for (`Guard.room`)."""
 
 
 def sensitivity(out: Out) -> Tensor:
@@ -42,7 +42,7 @@ def squares(
     """
     params, of = _bound(model, task, loss)
     total = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in params.items()}
-    batches, meter, count = task.batches(data, CHUNK if per_sample else batch_size), guard.current().meter, 0
+    batches, meter, count = task.batches(data, held(params, guard.current().room) if per_sample else batch_size), guard.current().meter, 0
     with guard.quiet(model), meter.pause():
         for k in range(len(batches)):
             batch = batches[k]
@@ -66,7 +66,7 @@ def fisher(model: nn.Module, task: Task, data, **options: Any) -> dict[str, Tens
 def rows(model: nn.Module, task: Task, data) -> Tensor:
     """(N, P) gradient of each example's loss over all trainable parameters, flattened in the model's order."""
     params, loss = _bound(model, task)
-    batches, meter, found = task.batches(data, CHUNK), guard.current().meter, []
+    batches, meter, found = task.batches(data, held(params, guard.current().room)), guard.current().meter, []
     with guard.quiet(model), meter.pause():
         for k in range(len(batches)):
             batch = batches[k]
@@ -77,9 +77,33 @@ def rows(model: nn.Module, task: Task, data) -> Tensor:
     return torch.cat(found)
 
 
+MAPPING = ("vmap", "functorch", "BatchedTensor")
+"""Words by which torch says that a pass cannot be mapped over examples; any other failure is the pass's own."""
+
+
 def _each(function: Callable, params: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
-    """function(params, batch of one) for every example of the batch, stacked."""
-    return vmap(lambda x, y, i: function(params, {"x": each(lambda t: t[None], x), "y": y[None], "i": i[None]}))(batch["x"], batch["y"], batch["i"])
+    """function(params, batch of one) for every example of the batch, stacked; one after another for a forward pass that cannot be mapped, because it reads
+    values (`if x.sum() > 0`) or writes in place. A pass that fails there too fails as it does."""
+
+    def one(x: Any, y: Tensor, i: Tensor) -> dict[str, Tensor]:
+        return function(params, {"x": each(lambda t: t[None], x), "y": y[None], "i": i[None]})
+
+    try:
+        return vmap(one)(batch["x"], batch["y"], batch["i"])
+    except (RuntimeError, ValueError) as error:
+        if not any(word in str(error) for word in MAPPING):
+            raise
+        found = [one(each(lambda t, k=k: t[k], batch["x"]), batch["y"][k], batch["i"][k]) for k in range(len(batch["i"]))]
+        return {n: torch.stack([f[n] for f in found]) for n in params}
+
+
+def held(params: dict[str, Tensor], room: int) -> int:
+    """Per-example gradients held at once: CHUNK, or as many as `room` bytes have place for, one at least.
+
+    >>> held({"w": torch.zeros(1000)}, 40_000)
+    10
+    """
+    return max(1, min(CHUNK, room // max(1, sum(p.numel() * _wide(p).itemsize for p in params.values()))))
 
 
 def _bound(model: nn.Module, task: Task, loss: Callable[[Out], Tensor] | None = None) -> tuple[dict[str, Tensor], Callable]:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from expunge.core import guard
 from expunge.core.errors import Diverged, SplitError
+from expunge.core.machine.devices import reseeded
 from expunge.core.modality import of
 from expunge.core.session import scratch
-from expunge.core.types import Batch, Batches, Out, Paired, Records, device_of
+from expunge.core.types import Batch, Batches, Out, Paired, Records
 from expunge.data.records.memory import Memory
 from expunge.guarantees.exact.build import limited, seeded
 from expunge.guarantees.exact.clpu.parts import Parts
@@ -164,8 +165,5 @@ def _seed(key: str, name: str) -> int:
 @contextmanager
 def _alone(model: nn.Module, seed: int, threads: int) -> Iterator[None]:
     """Inside: `threads` threads, global generators seeded (dropout), and a guard of its own, so that nothing around decides what is learned."""
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    with limited(threads), torch.random.fork_rng(devices=devices), guard.watching(guard.Guard(label="learning", max_loss=1e6)):
-        torch.manual_seed(seed)
+    with limited(threads), reseeded(seed), guard.watching(guard.Guard(label="learning", max_loss=1e6)):
         yield

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
+
+from expunge.core.machine.devices import reseeded
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
@@ -66,6 +67,5 @@ def mixtral(vocabulary: int, *, width: int = 128, layers: int = 4, heads: int = 
 
 
 def _drawn(kind: Any, config: Any, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reseeded(seed):
         return kind(config).eval()

@@ -1,0 +1,51 @@
+"""Ranges that hold everywhere: seeds, settings, and how long a run may take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from expunge.core.errors import SettingError
+
+SEEDS = 1 << 32
+"""Seeds lie below this: what NumPy's and PyTorch's generators both take, with room for the seeds that are made of it."""
+
+LEAST = {"batch_size": 1, "epochs": 0, "steps": 0, "lr": 0, "lora": 0, "accumulate": 1, "trajectories": 0, "path": 1, "max_length": 0}
+"""Settings of these names, whichever method has them, are at least this."""
+
+OPEN = ("bound", "clip")
+"""Settings that are limits, of which infinity means none."""
+
+DAYS, MOST = 30, 1e10
+"""A run that would take more days, or pass more examples, is refused, whatever ends it sooner: its batches alone would not fit into memory."""
+
+
+def seed_of(seed: Any) -> int:
+    """The seed, if it is a whole number from 0 to 2^32 - 1; raises SettingError else.
+
+    >>> seed_of(3)
+    3
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise SettingError(f"seed must be a whole number from 0 to {SEEDS - 1}, not {seed!r}")
+    return seed
+
+
+def ranged(what: str, name: str, value: Any, default: Any) -> Any:
+    """The value of a setting, if it lies in its range; raises SettingError for NaN, for infinity where it is no limit (`OPEN`), and below `LEAST`."""
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name not in OPEN)):
+        raise SettingError(f"{what} must be a finite number, not {value}")
+    if name in LEAST and not isinstance(value, (bool, str)) and value < min(LEAST[name], default):
+        raise SettingError(f"{what} must be at least {LEAST[name]}, not {value:g}")
+    return value
+
+
+def affordable(method: str, settings: Mapping[str, Any], examples: float, seconds: float) -> None:
+    """Raises SettingError, with the cost, for a run of so many examples at so many seconds each that would take more than DAYS days, or for more than MOST."""
+    days = examples * seconds / 86400
+    if days > DAYS or examples > MOST:
+        long = f"{days / 365:.3g} years" if days > 730 else f"{days:.0f} days"
+        named = ", ".join(f"{n}={settings[n]:g}" for n in ("epochs", "steps", "trajectories") if n in settings)
+        raise SettingError(f"{method} with {named or 'these settings'} would pass {examples:.3g} examples, {long} or more at this model's speed here; "
+                           f"the most are {DAYS} days and {MOST:.0e} examples: lower them")  # fmt: skip
