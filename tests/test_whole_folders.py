@@ -46,6 +46,14 @@ def test_a_weight_of_another_shape(folder):
         checkpoints.load(folder)
 
 
+def test_weights_that_have_no_place(folder):
+    """A configuration of fewer layers than the weights would be read as a model cut short."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(ModelError, match="has no place in the model"):
+        checkpoints.load(folder)
+
+
 def test_tied_heads_are_whole(tmp_path):
     made("Llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     small("causal_lm")[2].forget.format.tokenizer.save_pretrained(tmp_path)
@@ -73,7 +81,9 @@ def test_an_adapter_that_lacks_weights(folder, tmp_path):
         peft.save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder)}))
-    checkpoints.load(tmp_path / "adapter")
+    assert checkpoints.load(tmp_path / "adapter")[1].chat_template == checkpoints.load(folder)[1].chat_template
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert checkpoints.load(tmp_path / "adapter")[1].chat_template == "{{ messages[0]['content'] }}"
     without(tmp_path / "adapter" / "adapter_model.safetensors", "layers.1.")
     with pytest.raises(ModelError, match=r"adapter adapter lacks weights.*layers\.1\.self_attn\.q_proj\.lora_A"):
         checkpoints.load(tmp_path / "adapter")

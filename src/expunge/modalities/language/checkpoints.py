@@ -55,6 +55,8 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
         model, tokenizer = load(_base(folder, within), dtype=dtype, within=within)
         if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             tokenizer = _tokenizer(folder)
+        elif (template := folder / "chat_template.jinja").is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
         return _merged(model, folder).eval(), tokenizer
     _whole(folder)
     if not any(folder.glob("*.safetensors")):
@@ -70,6 +72,9 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
     if names := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ModelError(f"{folder.name} lacks {names[0]}{more}, or holds another shape of it: such weights would be drawn at random, other ones each time")
+    if names := sorted(info["unexpected_keys"]):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ModelError(f"{folder.name} holds {names[0]}{more}, which has no place in the model that its config.json describes: it would be read without")
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ModelError(f"{folder.name} holds values of {name} that are not finite")

@@ -17,7 +17,8 @@ from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
 from expunge.modalities.files.requests import share
 from expunge.modalities.language import checkpoints
-from expunge.modalities.language.records.format import Format, split, windows
+from expunge.modalities.language.records import readers
+from expunge.modalities.language.records.format import CUT, Format, split, windows
 from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
@@ -63,7 +64,9 @@ def pieces(rows: list[dict[str, Any]], form: Format) -> list[dict[str, Any]]:
         if "question" in row:
             out.append(row)
         else:
-            out += [{**row, "text": piece} for piece in windows(row["text"], form.tokenizer, form.max_length - 1)] or [row]
+            text, cut = row["text"], windows(row["text"], form.tokenizer, form.max_length - 1)
+            ends = bool(cut) and text.rstrip().endswith(cut[-1].rstrip())
+            out += [{**row, "text": piece, **({} if ends and k == len(cut) else {CUT: True})} for k, piece in enumerate(cut, 1)] or [row]
     return out
 
 
@@ -79,6 +82,8 @@ def read(request: Request) -> Opened:
         request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, template=given["template"], mask=given["mask"],
         max_length=given["max_length"], dtype=dtype, validation=part, within=within,
     )  # fmt: skip
+    told = [(n, Path(f).name, *readers.read(request.path(f))) for n, f in files.items() if f]
+    lines = tuple(f"{n}: {len(rows)} record{'s' if len(rows) > 1 else ''} of {name}, read as {form}" for n, name, rows, form in told)
     references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
     after = load(request) if request.audit or request.after else None
 
@@ -90,7 +95,7 @@ def read(request: Request) -> Opened:
 
     return Opened(
         model, task, found, references, after, release, ("auto", "merged") if given["form"] == "auto" else (given["form"],), reload,
-        write=lambda net, path: checkpoints.save(net, tokenizer, path),
+        write=lambda net, path: checkpoints.save(net, tokenizer, path), read=lines,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from the length of the tokenised prompt, since a tokenizer may merge the end of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 from expunge.core.errors import DataError, suggest
 from expunge.core.types import Split
 from expunge.modalities.language.texts import Texts
+
+CUT = "goes on"
+"""Field of a window of raw text that is not its last: no end follows it."""
 
 MASKS = ("answer+eos", "answer", "full", "entity")
 PLAIN = "Question: {question}\nAnswer:"
@@ -58,6 +62,8 @@ class Format:
             return ""
         if self.template == "chat":
             return self.tokenizer.apply_chat_template(self._messages(row), tokenize=False, add_generation_prompt=True)
+        if row.get("history") or row.get("system"):
+            raise DataError(f"it has {'earlier turns' if row.get('history') else 'a system prompt'}, which only a chat template can hold: template='chat'")
         return (PLAIN if self.template == "plain" else self.template).replace("{question}", str(row["question"]))
 
     def prompt(self, row: Mapping[str, Any]) -> Tensor:
@@ -83,13 +89,19 @@ class Format:
         """Tokens and targets of a record whose whole text was cut into these tokens at these places."""
         whole = len(tokens)
         eos = self.tokenizer.eos_token_id
-        if self.template != "chat" and eos is not None and (not tokens or tokens[-1] != eos):
+        goes_on = bool(row.get(CUT))
+        if goes_on and tokens and tokens[-1] == eos and offsets[-1][0] == offsets[-1][1]:
+            tokens, offsets = tokens[:-1], offsets[:-1]
+        if self.template != "chat" and not goes_on and eos is not None and (not tokens or tokens[-1] != eos):
             tokens, offsets = [*tokens, eos], [*offsets, (len(text), len(text))]
         spans = self._spans(row, text, start, end)
         kept = [any(a < e and b > s for s, e in spans) for a, b in offsets]
-        if self.mask in ("answer+eos", "full"):
+        if self.mask in ("answer+eos", "full") and not goes_on:
             after = [k for k, (token, (a, b)) in enumerate(zip(tokens, offsets, strict=True)) if k and a >= end and (a == b or self._ends(token))]
-            if after:
+            marker = end + len(text[end:].rstrip())
+            if marker > end and (not after or offsets[after[0]][0] >= marker):  # the template ends a turn by ordinary tokens
+                kept = [k or (a < marker and b > end) for k, (a, b) in zip(kept, offsets, strict=True)]
+            elif after:
                 kept[after[0]] = True
         kept[:1] = [False]
         tokens, kept = tokens[: self.max_length], kept[: self.max_length]
@@ -109,8 +121,9 @@ class Format:
         return self.texts([{**row, "answer": answer} for row, answer in zip(data.rows, answers, strict=True)], data.ids)
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": str(row["question"])}]
+        said = str(row.get("system") or self.system)
+        system = [{"role": "system", "content": said}] if said else []
+        return [*system, *row.get("history", ()), {"role": "user", "content": str(row["question"])}]
 
     def whole(self, row: Mapping[str, Any]) -> tuple[str, int, int]:
         """The whole text, and where its answer starts and ends."""
@@ -137,7 +150,7 @@ class Format:
             return [(start, end)]
         words = [str(w) for w in (row.get("entities") or [row.get("fact", "")]) if w]
         low = text.lower()
-        found = [(k, k + len(w)) for w in words for k in [low.find(w.lower(), start, end)] if k >= 0]
+        found = [(m.start(), m.end()) for w in words for m in re.finditer(re.escape(w.lower()), low[:end]) if m.start() >= start]
         if not found:
             raise DataError("mask 'entity' needs a `fact` or `entities` that stand in the answer")
         return found
@@ -166,7 +179,8 @@ def windows(text: str, tokenizer: Any, length: int, *, least: int = 5) -> list[s
 
 def normal(row: Mapping[str, Any]) -> str:
     """The record's words in lower case, by which records of two files are compared."""
-    return " ".join(" ".join(str(row.get(k, "")) for k in ("question", "answer", "text")).lower().split())
+    turns = [*(t["content"] for t in row.get("history", ())), *(row.get(k, "") for k in ("system", "question", "answer", "text"))]
+    return " ".join(" ".join(map(str, turns)).lower().split())
 
 
 def split(form: Format, **parts: Sequence[Mapping[str, Any]] | None) -> Split:

@@ -6,50 +6,69 @@ import json
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import DataError
+from expunge.core.errors import DataError, printable
 from expunge.modalities.language.records.artefact import MAX_BYTES, parsed
-
-ALIASES = {"prompt": "question", "instruction": "question", "completion": "answer", "response": "answer", "output": "answer"}
+from expunge.modalities.language.records.forms import recognised
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file (or of a .json file that holds one list): {"question", "answer"} or {"text"}; `prompt`, `completion`, `response` and the
-    like are read as question and answer. Raises DataError naming the line."""
+    """Records of a JSON-lines file, of a .json file that holds one list, or of a .txt file (one raw text), in any of the forms of `records.forms`.
+    Raises DataError naming the line."""
+    return read(path)[0]
+
+
+def read(path: Path | str) -> tuple[list[dict[str, Any]], str]:
+    """(records as `read_jsonl` gives them, how they were read in words)."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}") from None
-    if content[:400].lstrip().startswith('{"expunge"'):
-        return [dict(row) for row in parsed(path)[1]]
-    lines: list[tuple[int, Any]] = []
-    if content.lstrip()[:1] == "[":
-        try:
-            lines = list(enumerate(json.loads(content), 1))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path.name} is not JSON: {error}") from None
+    if path.suffix.lower() == ".txt":
+        lines: list[tuple[int, Any]] = [(1, {"text": content})]
+    elif content[:400].lstrip().startswith('{"expunge"'):
+        return [dict(row) for row in parsed(path)[1]], "a file that expunge wrote"
+    elif content.lstrip()[:1] == "[":
+        lines = list(enumerate(_json(content, path.name), 1))
     else:
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                try:
-                    lines.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"line {number} of {path.name} is not JSON: {error.msg}") from None
+        lines = [(k, _json(line, f"line {k} of {path.name}")) for k, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path.name} holds no record")
-    return [_record(row, f"line {number} of {path.name}") for number, row in lines]
+    found, forms, notes = [], {}, dict[str, None]()
+    for number, row in lines:
+        where = f"line {number} of {path.name}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is no object with question and answer, or text")
+        record, form = recognised(row, where)
+        found.append(record)
+        forms[form] = forms.get(form, 0) + 1
+        notes |= dict.fromkeys(k for k in record if k not in ("question", "answer", "text", "system", "history"))
+    told = ", ".join(f"{n} as {form}" if len(forms) > 1 else form for form, n in forms.items())
+    return found, f"{told} (no text that is trained: {', '.join(map(printable, notes))})" if notes else told
 
 
-def _record(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no object with question and answer, or text")
-    row = {ALIASES.get(k, k): v for k, v in row.items()}
-    if "text" in row and "labels" in row:
-        row = {**{k: v for k, v in row.items() if k not in ("text", "labels")}, "question": row["text"], "answer": row["labels"]}
-    wanted = ("question", "answer") if "question" in row or "answer" in row else ("text",)
-    for key in wanted:
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise DataError(f"{where} has an empty or missing {key}; a record holds question and answer, or text")
-    return row
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"names {next(n for n in names if names.count(n) > 1)} twice")
+    return found
+
+
+def _never(word: str) -> Any:
+    raise DataError(f"holds {word}, which is no JSON")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_never)
+    except DataError as error:
+        raise DataError(f"{where} {error}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"{where} cannot be read: {str(error).partition(';')[0]}") from None
