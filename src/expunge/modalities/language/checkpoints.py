@@ -168,12 +168,13 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def release(
-    model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, form: str = "auto", base: str = "", undo: Path | None = None, key: bytes | None = None,
+    model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, form: str = "auto", base: str = "", place: Path | None = None, undo: Path | None = None,
+    key: bytes | None = None,
 ) -> Path:  # fmt: skip
     """Write what other tools load to the folder `out`, and return it.
 
     form   merged: the whole model with the patch in it; peft: an ordinary PEFT adapter folder; auto: peft where the patch is low rank throughout
-    base   where the model was loaded from, for the adapter's own record
+    base   where the model was loaded from, for the adapter's own record; `place` where that is seen from here, if it is another path
     undo   file for the inverse patch (signed with `key`), which takes a merged folder back to the weights of `model`, bit for bit; an adapter has none
     Raises PatchError for a patch that was made for another model, ModelError for form=peft with a patch that is not low rank, or for
     one that holds inference-time guards: those are no weights.
@@ -193,21 +194,21 @@ def release(
             inverse.save(undo, key)
     else:
         inverse.apply(twin)
-        _adapter(twin, patch, out, base)
+        _adapter(twin, patch, out, base, Path(place or base))
         try:
             tokenizer.save_pretrained(out)
         except OSError as error:
             raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
-    terms(base, out)
+    terms(place or base, out)
     return out
 
 
-def _adapter(model: nn.Module, patch: Patch, out: Path, base: str) -> None:
+def _adapter(model: nn.Module, patch: Patch, out: Path, base: str, root: Path) -> None:
     """Write the patch as a PEFT folder over `base`, or, where that is itself an adapter, one that holds both over what that stands on. The model is changed."""
     from expunge.parts import adapter_files
 
     with quietly():
-        root, said = Path(base), base
+        said = base
         if base and is_adapter(root):
             first, root = root, _base(root)
             if is_adapter(root):

@@ -88,7 +88,7 @@ def read(request: Request) -> Opened:
     after = load(request) if request.audit or request.after else None
 
     def release(verdict: Any, folder: Path, form: str = "") -> Path | None:
-        return released(verdict, model, tokenizer, folder, form=form or given["form"], base=request.model)
+        return released(verdict, model, tokenizer, folder, form=form or given["form"], base=request.model, place=request.path(request.model))
 
     def reload(folder: Path) -> nn.Module:
         return checkpoints.plain(folder, request.path(request.model))
@@ -161,11 +161,11 @@ def talk(p: Any, after: nn.Module, most: int = 3, new: int = 48) -> list[dict[st
     return found
 
 
-def released(verdict: Any, model: nn.Module, tokenizer: Any, out: Path | str, *, form: str = "auto", base: str = "") -> Path | None:
+def released(verdict: Any, model: nn.Module, tokenizer: Any, out: Path | str, *, form: str = "auto", base: str = "", place: Path | None = None) -> Path | None:
     """The folder `out`, written as `checkpoints.release` does with the patch that passed; None where none passed, or one that changes no weight."""
     if verdict.chosen is None or guarded(verdict):
         return None
-    return checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, out, form=form, base=base)
+    return checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, out, form=form, base=base, place=place)
 
 
 def guarded(verdict: Any) -> bool:
