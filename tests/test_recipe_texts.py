@@ -75,9 +75,9 @@ def test_the_finished_recipe_runs_on_a_tiny_folder(made, monkeypatch, capsys):
     document = json.loads(found.out)
     assert document["task"] == "causal_lm" and document["asked"] == "4 records of forget.jsonl"
     assert document["parts"] == {"forget": 4, "retain": 24, "test": 4, "validation": 8}
-    assert {t["method"] for t in document["tries"]} == {"wga"} and len({t["settings"]["lr"] for t in document["tries"]}) == 2
+    assert {t["method"] for t in document["tries"]} == {"wga"} and len({t["settings"]["lr"] for t in document["tries"]}) >= 2
     assert all(t["settings"]["retain_size"] == 32 for t in document["tries"])
-    assert {"membership.loss_auc", "drop.retain"} <= set(document["rules"])
+    assert {"unseen.p", "drop.retain"} <= set(document["rules"])
     out = made / "authors" / "out" / "latest"
     assert {"report.html", "report.json"} <= {p.name for p in out.iterdir()}
     assert document["verdict"]["passed"] == (end.value.code == 0) == (out / "released").exists() == (out / "patch.safetensors").exists()
