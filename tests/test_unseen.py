@@ -157,6 +157,6 @@ def test_validation_compares_wrong_labels_with_wrong_labels():
     _, task, split = wrong(12)
     taught, other = learnt(12), retrained("digits", "random", 0)
     validate = validation(taught, task, split)
-    assert validate is not None and validate(other) > -0.5 and validate(taught) < -0.8
+    assert validate is not None and validate(other) > -0.3 and validate(taught) < -0.5
     old = torch.cat([score(other, task, part).nll for part in (split.forget, split.validation)])
     assert better(old[: len(split.forget)], old[len(split.forget) :]).mean() < 0.1

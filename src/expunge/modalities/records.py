@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.modality import Level, of
-from expunge.core.stats import auc
+from expunge.core.stats import Z, auc
 from expunge.core.types import Split, Task, absent, spread
 from expunge.parts.forms import better, neighbours, paired
 from expunge.parts.reading import Scores, score
@@ -65,9 +65,10 @@ def kinds(split: Split) -> tuple[str, ...]:
 def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module], float] | None:
     """A score for tuning and stopping, larger is better, 0 at best: reads forget and validation, never test; None without validation.
 
-    Records: -(2 |A - 1/2|), A the mean over records to forget of the share of validation records of the same form (`parts.forms`) with a larger loss; without
-    labels, or where validation has no such form, of all of them. Removed class: -(accuracy on forget). In both, minus twice the accuracy lost on validation
-    (where there are no labels: the relative rise of its loss).
+    Records: -max(0, 2 |A - 1/2| - 2 Z / sqrt(12 n)), A the mean over records to forget of the share of validation records of the same form (`parts.forms`)
+    with a larger loss, of which what n records read by chance counts as nothing: else the accident of few records would cost utility. Without labels,
+    or where validation has no such form, of all of them. Removed class: -(accuracy on forget). In both, minus twice the accuracy lost on validation (where
+    there are no labels: the relative rise of its loss).
     """
     if split.validation is None:
         return None
@@ -90,7 +91,8 @@ def validation(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Modul
 
     def validate(now: nn.Module) -> float:
         forget, unseen = score(now, task, split.forget), score(now, task, split.validation)
-        remains = float(forget.correct.float().mean()) if len(gone) else 2 * abs(known(now, forget, unseen) - 0.5)
+        chance = 2 * Z / (12 * len(forget.nll)) ** 0.5
+        remains = float(forget.correct.float().mean()) if len(gone) else max(0.0, 2 * abs(known(now, forget, unseen) - 0.5) - chance)
         return -remains - 2 * max(0.0, utility(start) - utility(unseen))
 
     return validate
