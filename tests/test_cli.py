@@ -51,7 +51,7 @@ def test_recipe_to_patch_to_revert(home):
     document = json.loads(out)
     assert document["verdict"]["passed"]
     assert "No retrained reference" in " ".join(document["notes"])
-    assert {p.name for p in (home / "out").iterdir()} >= {"report.html", "report.json", "patch.safetensors"}
+    assert {p.name for p in (home / "out" / "latest").iterdir()} >= {"report.html", "report.json", "patch.safetensors"}
     page = (home / "out" / "latest" / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     code, out, _ = call("inspect", "out/latest/patch.safetensors", "--json")

@@ -157,7 +157,7 @@ def test_what_passes_is_reported_and_loads_without_expunge(world, done):
 @pytest.mark.slow
 def test_a_recipe_does_what_the_same_flags_do(world, done):
     """The patch of a run that passes and what is released, bit for bit."""
-    keys = {"task": "causal-lm", "model": "base", "forget": "forget.jsonl", "methods": ["task_vector"], "out": "by-recipe"}
+    keys = {"task": "causal-lm", "model": "base", "forget": "forget.jsonl", "methods": ["task_vector"], "out": "by-recipe", "require": "supported"}
     (world.home / "run.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()) + "[with.task_vector]\n")
     with (world.home / "run.toml").open("a") as f:
         f.writelines(f"{name.removeprefix('--')} = {value}\n" for name, value in zip(AWAY[2::2], AWAY[3::2], strict=True))
