@@ -51,7 +51,7 @@ def raising(error):
         (DataError("two\nlines \x1b[31m"), 2, "expunge: two\\nlines \\x1b[31m\n"),
         (KeyboardInterrupt(), 130, "expunge: interrupted; the same command goes on where it was stopped\n"),
         (OSError(28, "No space left on device", "out/x.json"), 2, "expunge: x.json: No space left on device\n"),
-        (PermissionError(13, "Permission denied", "/root/out"), 2, "expunge: out: Permission denied\n"),
+        (PermissionError(13, "Permission denied", "/srv/out"), 2, "expunge: out: Permission denied\n"),
         (MemoryError(), 2, "expunge: MemoryError: no message\n"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "expunge: there is not enough memory"),
         (BrokenPipeError(), 141, ""),

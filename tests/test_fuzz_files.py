@@ -364,6 +364,20 @@ def test_leftovers_of_killed_writes_are_removed(tmp_path):
     assert not gone.exists() and mine.exists() and other.exists()
 
 
+def test_what_another_machine_writes_is_left_alone(tmp_path):
+    """A folder that machines share: their processes have numbers of their own."""
+    import socket
+    import subprocess
+
+    with subprocess.Popen(["true"]) as done:
+        done.wait()
+    theirs, ours = (tmp_path / f".w.safetensors.@{host}.{done.pid}-abc.tmp" for host in ("another-host.example", socket.gethostname()))
+    for path in (theirs, ours):
+        path.write_text("weights")
+    files.write(tmp_path / "x.txt", "text")
+    assert theirs.exists() and not ours.exists()
+
+
 def test_ids_stay_in_the_folder_of_a_recipe(tmp_path):
     from expunge.modalities.examples import Examples
     from expunge.modalities.files.selectors import resolve

@@ -52,7 +52,7 @@ def ended(call: Callable[[], Any], words: Sequence[str]) -> int:
         return told(f"{plain(error) if not named else f'{Path(str(named)).name}: {error.strerror}'}")  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            return told("there is not enough memory: a smaller batch_size, less --memory or --dtype bfloat16 takes less")
+            return told("there is not enough memory: a smaller batch_size or --dtype bfloat16 takes less")
         return bug(error, words)
 
 

@@ -95,9 +95,18 @@ HINTS = {
     "Expected more than 1 value per channel": "batch norm needs two records at a time, and a batch held one: choose a batch_size that leaves none alone",
     "No space left on device": "no space is left on the disk; checkpoints that stand are kept, and the same call goes on from them",
     "Read-only file system": "the folder cannot be written to",
-    "out of memory": "the device's memory is full: a smaller batch_size, --memory or --dtype bfloat16 takes less",
+    "out of memory": "the device's memory is full: a smaller batch_size or --dtype bfloat16 takes less",
 }
 """Words in other libraries' messages -> what a user can do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, or its kind where it says nothing.
+
+    >>> first_line(ValueError("a\\nb")), first_line(ValueError())
+    ('a', 'ValueError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def plain(error: BaseException) -> str:

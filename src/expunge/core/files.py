@@ -8,8 +8,9 @@ import hmac
 import json
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = Patch
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         swept(path.parent)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.@{socket.gethostname()}.{os.getpid()}-", suffix=".tmp")
         with os.fdopen(handle, "wb") as f:
             f.write(content)
             f.flush()
@@ -47,18 +48,21 @@ def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = Patch
 
 
 def swept(folder: Path) -> list[str]:
-    """Remove temporary files of the folder whose process is gone: what killed writes left, which may hold weights. Returns their names."""
+    """Remove temporary files of the folder whose process is gone: what killed writes of this machine left, which may hold weights. Returns their names."""
     gone = []
     for entry in os.scandir(folder):
-        found = re.fullmatch(r"\..+\.(\d{1,9})-[^.-]+\.tmp", entry.name)
-        if found and not _alive(int(found[1])):
+        found = re.fullmatch(r"\..+?(?:\.@(.+))?\.(\d{1,9})-[^.-]+\.tmp", entry.name) if entry.name.endswith(".tmp") else None
+        if found and found[1] in (None, socket.gethostname()) and not alive(int(found[2])):
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
                 gone.append(entry.name)
     return gone
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this machine runs; where that cannot be asked without harm, it is taken to."""
+    if os.name != "posix":
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -140,6 +144,16 @@ def unsealed_json(path: Path, error: type[ExpungeError], broken: str, most: int 
     if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), found.encode()):
         raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
     return doc
+
+
+def doubled(pairs: Sequence[tuple[str, Any]]) -> str:
+    """The first name that stands twice in an object of JSON, of which readers differ in the value that they take; "" where none does.
+
+    >>> doubled([("a", 1), ("b", 2), ("a", 3)])
+    'a'
+    """
+    names = [name for name, _ in pairs]
+    return next((name for name in names if names.count(name) > 1), "") if len(set(names)) < len(names) else ""
 
 
 def inside(path: str, folder: Path) -> Path:

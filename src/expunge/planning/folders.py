@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expunge.core.errors import DataError
+from expunge.core.files import alive
 
 LATEST = "latest"
 
@@ -109,17 +110,5 @@ def _point(out: Path, name: str) -> None:
 def _swept(out: Path) -> None:
     for left in out.glob(f".*.{socket.gethostname()}.*.tmp"):
         number = left.name.split(".")[-2]
-        if left.is_dir() and number.isdecimal() and int(number) != os.getpid() and not _alive(int(number)):
+        if left.is_dir() and number.isdecimal() and int(number) != os.getpid() and not alive(int(number)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
