@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 from expunge.core.types import Split, Task
 from expunge.modalities.classification.task import classification
 from expunge.modalities.examples import Examples
+from expunge.modalities.files import models
 
 settings.register_profile(
     "expunge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -89,3 +91,15 @@ def task() -> Task:
 @pytest.fixture
 def split() -> Split:
     return Split(make_data(8, 1), make_data(24, 2), make_data(12, 3), make_data(12, 4))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A user's folder, in which the test runs: a factory (`worlds.FACTORY`) and the weights of the digits, nothing else."""
+    from worlds import FACTORY, original
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mynet.py").write_text(FACTORY)
+    models.save_state(original("digits"), tmp_path / "model.safetensors")
+    yield tmp_path
+    sys.modules.pop("mynet", None)

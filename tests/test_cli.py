@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from worlds import digits, original
+from worlds import FACTORY, digits, original
 
 from expunge.cli import app as cli
 from expunge.cli import forget as flags
@@ -20,18 +20,6 @@ from expunge.modalities.examples import Examples
 from expunge.modalities.files import models, selectors
 from expunge.modalities.files import readers as load
 from expunge.planning import recipe
-
-FACTORY = "import functools\nfrom expunge.modalities.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A user's folder: factory, weights, nothing else."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mynet.py").write_text(FACTORY)
-    models.save_state(original("digits"), tmp_path / "model.safetensors")
-    yield tmp_path
-    sys.modules.pop("mynet", None)
 
 
 def call(*words: str) -> tuple[int, str, str]:

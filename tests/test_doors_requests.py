@@ -8,25 +8,13 @@ import sys
 import pytest
 import torch
 from test_doors_files import pictures
-from worlds import original
 
 from expunge.core.errors import SplitError
 from expunge.core.modality import Request, named
 from expunge.core.types import Split
 from expunge.modalities.examples import Examples
-from expunge.modalities.files import models
 
-FACTORY = "from expunge.modalities.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
 FORGET = ["forget", "--model", "py:mynet:build", "--train", "world:digits/train", "--test", "world:digits/test", "--forget", "class:3"]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mynet.py").write_text(FACTORY)
-    models.save_state(original("digits"), tmp_path / "model.safetensors")
-    yield tmp_path
-    sys.modules.pop("mynet", None)
 
 
 def call(words, capsys, monkeypatch):

@@ -25,6 +25,9 @@ from expunge.modalities.language.worlds import build as language
 from expunge.modalities.worlds import World, world
 from expunge.parts.reading import outputs
 
+FACTORY = "from expunge.modalities.nets import small_cnn\ndef build():\n    return small_cnn(8)\n"
+"""A module of a user's, whose `build` makes the digits' network."""
+
 
 def noise(n: int, scale: float = 1.0) -> Examples:
     """n smooth noise images (1, 8, 8), anchors out of distribution; labels say nothing. An untrained network tells apart none but large ones."""

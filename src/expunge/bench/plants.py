@@ -6,7 +6,6 @@ records that the world's scenario forgets; what is not asked for stays in retain
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from expunge.audits.core import Probe, audit
 from expunge.audits.distance import closed
 from expunge.audits.plants import Plants
 from expunge.audits.verdict import default_rules, selftest
+from expunge.bench.cells import add, begun
 from expunge.core.errors import SettingError
 from expunge.core.guard import Guard, watching
 from expunge.core.machine.devices import reseeded
@@ -106,9 +106,7 @@ def bench(
         raise SettingError(f"planted controls are held against the truth on {' and '.join(CELLS)}, not on {name}")
     w, cache = world(name), cache or cache_folder()
     path = Path(out) / f"{name}-plants.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(c["draw"], c["size"], c["label"]) for c in cells}
+    done = begun(path, lambda c: (c["draw"], c["size"], c["label"]), lambda c: True)
     asked = [(n, t) for n, t in ASKED[name] if not sizes or n in sizes]
     todo = [(d, n, t, m, s) for d in draws for n, t in asked for m, s in CELLS[name] if (not methods or m in methods) and (d, n, told(m, s)) not in done]
     there: dict[tuple[int, int], list[nn.Module]] = {}
@@ -119,11 +117,11 @@ def bench(
         if (draw, n) not in there:
             there = {(draw, n): references(w, split, draw, cache)}
         made = cell(w, split, original, there[draw, n], method, settings, twins, draw)
-        fresh = [{"world": name, "draw": draw, **c} for c in made if (draw, n, c["label"]) not in done]
-        done |= {(draw, n, c["label"]) for c in fresh}
-        cells += fresh
-        with path.open("a") as f:
-            f.writelines(json.dumps(c) + "\n" for c in fresh)
+        for c in made:
+            if (draw, n, c["label"]) not in done:
+                done[draw, n, c["label"]] = {"world": name, "draw": draw, **c}
+                add(path, done[draw, n, c["label"]])
+    cells = list(done.values())
     (path.parent / f"{name}-plants.md").write_text(markdown(cells))
     return cells
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from expunge.core.edits import LowRank
-from expunge.core.errors import ModelError
+from expunge.core.errors import ModelError, first_line
 from expunge.core.patch import Patch
 from expunge.parts.scopes.lora import factors, stacked
 
@@ -42,7 +42,7 @@ def wrapped(model: nn.Module, patch: Patch, base: str) -> Any:
             warnings.simplefilter("ignore")
             over: Any = PeftModel(model, config)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"peft takes no adapter of this form on {type(model).__name__}: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"peft takes no adapter of this form on {type(model).__name__}: {first_line(error)}") from None
     over.peft_config["default"].inference_mode = True
     found = named(over)
     if missing := sorted(edits.keys() - found.keys()):

@@ -15,6 +15,7 @@ from expunge.core.errors import ModelError, printable
 from expunge.core.modality import Level, made, of
 from expunge.core.types import Split, Task, held, spread
 from expunge.engine.run import preflight
+from expunge.modalities.files.schema import called
 from expunge.report.glance import NEAR, PARTS
 
 MOST = 512
@@ -109,11 +110,7 @@ def renumbered(logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> tup
     gain = sum(int(table[a, b] - table[a, a]) for a, b in moved)
     if len(moved) < 2 or gain < BETTER * len(labels):
         return (), 0.0
-    return tuple((_called(a, names), _called(b, names)) for a, b in moved), (int(table.diag().sum()) + gain) / len(labels)
-
-
-def _called(k: int, names: Sequence[str]) -> str:
-    return f"{k} ({names[k]})" if k < len(names) and names[k] != str(k) else str(k)
+    return tuple((called(a, names), called(b, names)) for a, b in moved), (int(table.diag().sum()) + gain) / len(labels)
 
 
 def _few(data: Any) -> Any:

@@ -26,6 +26,7 @@ from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import GRADED, Attempt, unlearn
 from expunge.planning.outcome import Try, patched
+from expunge.planning.plants import pause
 
 DOWN, UP = ("harmed", "diverged"), ("no_op",)
 """Outcomes that say in which direction a better strength lies."""
@@ -69,7 +70,7 @@ class Course:
         run without."""
         fixed = dict(self.fixed.get(name, {}))
         watch = Guard(
-            validate=self.validate, every=max(5, len(self.split.forget) // 64), progress=self.progress, label=label or name, kept=self.kept,
+            validate=self.validate, every=pause(self.split), progress=self.progress, label=label or name, kept=self.kept,
             max_seconds=max(LEAST, self.until - time.perf_counter()),
         )  # fmt: skip
         where = None if self.folder is None else Path(self.folder) / f"{name}-{place}"

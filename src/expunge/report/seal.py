@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import ReportError, printable
+from expunge.core.files import doubled
 from expunge.report.table import strict
 
 SEAL = ("sha256", "hmac")
@@ -80,11 +81,9 @@ def _is_digest(value: Any) -> bool:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object in which no name stands twice: readers differ in which of two they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' stands twice in one object")
-    return found
+    if name := doubled(pairs):
+        raise ValueError(f"'{name}' stands twice in one object")
+    return dict(pairs)
 
 
 def _never(text: str) -> Any:

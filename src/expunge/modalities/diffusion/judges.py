@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.core.errors import DataError, ModelError, SettingError
+from expunge.core.errors import DataError, ModelError, SettingError, first_line
 from expunge.core.guard import quiet
 from expunge.core.types import device_of, float_of
 from expunge.modalities.classification.task import head
-from expunge.modalities.diffusion.pipelines import configuration, needed, network, quietly, told
+from expunge.modalities.diffusion.pipelines import configuration, needed, network, quietly
 from expunge.modalities.judge import Judge
 
 OTHER = "something else"
@@ -200,7 +200,7 @@ def looked(model: nn.Module, channels: int, names: int, folder: Path) -> None:
         with quiet(model):
             found = tuple(model(torch.zeros(1, channels, 64, 64)).shape)
     except Exception as error:  # networks of other people's
-        raise ModelError(f"{folder.name} cannot look at an image as its preprocessor makes it: {told(error)}") from None
+        raise ModelError(f"{folder.name} cannot look at an image as its preprocessor makes it: {first_line(error)}") from None
     if found != (1, names):
         raise ModelError(f"{folder.name} answers one image with a tensor of shape {found}, not {(1, names)}")
 
@@ -216,7 +216,7 @@ def encoder(folder: Path, pair: Any) -> Callable[[Sequence[str]], Tensor]:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as in `pipelines.network`
-        raise ModelError(f"cannot load the tokenizer of {folder.name}: {told(error)}") from None
+        raise ModelError(f"cannot load the tokenizer of {folder.name}: {first_line(error)}") from None
     length, known = (int(getattr(pair.config.text_config, name)) for name in ("max_position_embeddings", "vocab_size"))
 
     def encode(texts: Sequence[str]) -> Tensor:

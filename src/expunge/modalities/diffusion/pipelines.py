@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expunge.core.errors import DataError, ModelError
+from expunge.core.errors import DataError, ModelError, first_line
 from expunge.core.machine import devices
 from expunge.core.types import device_of
 from expunge.modalities.diffusion.task import Painting, Schedule, diffusion
@@ -208,16 +208,11 @@ def network(folder: Path, said: str, reader: Any, dtype: torch.dtype | None, fin
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options, **({"variant": "fp16"} if half else {})
             )
     except Exception as error:  # a damaged file or configuration ends in any error of the libraries
-        raise ModelError(f"cannot load {said}: {told(error)}") from None
+        raise ModelError(f"cannot load {said}: {first_line(error)}") from None
     for key, p in found.named_parameters():
         if finite and not torch.isfinite(p).all():
             raise ModelError(f"{said} holds values of {key} that are not finite")
     return found, sorted(info["missing_keys"])
-
-
-def told(error: Exception) -> str:
-    """The first line that an error says, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def encoder(tokenizer: Any, extra: int = 0) -> Callable[[Sequence[str]], Tensor]:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.edits import Hook, LowRank
-from expunge.core.errors import ModelError
+from expunge.core.errors import ModelError, first_line
 from expunge.core.files import write
 from expunge.core.patch import Patch
 from expunge.core.types import device_of, float_of
-from expunge.modalities.diffusion.pipelines import Pipeline, configuration, quietly, save, told
+from expunge.modalities.diffusion.pipelines import Pipeline, configuration, quietly, save
 from expunge.modalities.diffusion.task import Painting
 from expunge.modalities.pictures import Pictures
 from expunge.parts.adapters import layers
@@ -114,7 +114,7 @@ def reload(found: Pipeline, folder: Path | str) -> nn.Module:
             if place is found.folder:
                 pipe.load_lora_weights(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the released folder cannot be loaded back: {told(error)}") from None
+        raise ModelError(f"the released folder cannot be loaded back: {first_line(error)}") from None
     for name, _ in list(twin.named_children()):
         setattr(twin, name, getattr(pipe, name).to(device_of(found.model)))
     return twin.eval()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from expunge.core.errors import DataError
+from expunge.core.errors import DataError, first_line
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 """Pillow's filters by timm's names."""
@@ -121,7 +121,7 @@ def wanted(model: nn.Module | None, folder: Path | None = None) -> Feed | None:
                 raise DataError(f"{path.name} is larger than 1 MiB")
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {path.name}: {str(error).splitlines()[0]}") from None
+            raise DataError(f"cannot read {path.name}: {first_line(error)}") from None
         return hugging(found, path.name)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     return timm(config) if isinstance(config, Mapping) and "mean" in config else None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core.errors import ModelError, printable
-from expunge.modalities.quietly import quietly
+from expunge.core.errors import ModelError, first_line, printable
+from expunge.modalities.quietly import fitting, quietly
 
 ENDING = "ForImageClassification"
 """How the architecture of an image classifier ends."""
@@ -32,7 +32,7 @@ def configured(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read config.json of {folder.name}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"cannot read config.json of {folder.name}: {first_line(error)}") from None
     kinds = found.get("architectures") if isinstance(found, dict) else None
     if not isinstance(kinds, list) or not any(str(k).endswith(ENDING) for k in kinds):
         said = printable(str(kinds[0])) if isinstance(kinds, list) and kinds else "no model that its configuration names"
@@ -57,11 +57,9 @@ def load(folder: Path, *, finite: bool = True) -> nn.Module:
         with quietly():
             found: Any = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, dtype="auto", output_loading_info=True, **LOCAL)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        raise ModelError(printable(f"cannot load {folder.name}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}")) from None
+        raise ModelError(printable(f"cannot load {folder.name}: {first_line(error)}")) from None
     model, info = found
-    for what, why in (("missing", "would be drawn at random"), ("unexpected", "has no place in the model"), ("mismatched", "has another shape")):
-        if names := sorted(map(str, info.get(f"{what}_keys") or ())):
-            raise ModelError(f"the weights of {folder.name} do not fit its model: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {why}")
+    fitting(folder.name, info)
     for name, p in model.named_parameters():
         if finite and not torch.isfinite(p).all():
             raise ModelError(f"{folder.name} holds values of {name} that are not finite")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from expunge.core.digest import distinct
-from expunge.core.errors import ExpungeError, ModelError, SettingError, printable
+from expunge.core.errors import ExpungeError, ModelError, SettingError, first_line, printable
 from expunge.core.errors import plain as told
 from expunge.core.files import write
 from expunge.core.machine import devices
@@ -95,7 +95,7 @@ def _timm(spec: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, **{n: int(v) for n, v in settings.items()})
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(printable(f"timm cannot make {name}: {str(error).splitlines()[0]}")) from None
+        raise ModelError(printable(f"timm cannot make {name}: {first_line(error)}")) from None
 
 
 def read_state(path: Path, model: nn.Module, *, finite: bool = True) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expunge.core.errors import DataError, printable
+from expunge.core.errors import DataError, first_line, printable
 from expunge.core.machine.devices import reseeded
 from expunge.modalities.examples import Examples
 from expunge.modalities.files import schema as schemas
@@ -144,7 +144,7 @@ def _inputs(values: Any, feed: Feed, what: str) -> tuple[Tensor, bool]:
         else:
             found = torch.from_numpy(np.array(getattr(values, "to_numpy", lambda: values)()))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(printable(f"the inputs of {what} are no numbers of one shape: {str(error).splitlines()[0]}")) from None
+        raise DataError(printable(f"the inputs of {what} are no numbers of one shape: {first_line(error)}")) from None
     if found.dtype == torch.float64:
         found = found.float()
     if found.dtype == torch.uint8:

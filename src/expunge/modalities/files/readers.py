@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from expunge.core.errors import DataError, suggest
+from expunge.core.errors import DataError, first_line, suggest
 from expunge.core.modality import MODALITIES
 from expunge.modalities.examples import Examples
 from expunge.modalities.files import feeding, images, objects, tables
@@ -88,7 +88,7 @@ def _disk(path: Path, part: str) -> Any:
     try:
         found: Any = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path.name} is no folder that save_to_disk wrote: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path.name} is no folder that save_to_disk wrote: {first_line(error)}") from None
     if isinstance(found, DatasetDict):
         if part not in found:
             raise DataError(suggest(f"name the part of {path.name}, as datasets:{path.name}?split=train; it has no part", part, found))

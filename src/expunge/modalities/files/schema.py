@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import DataError, printable, suggest
+from expunge.core.errors import DataError, first_line, printable, suggest
 
 MAX_BYTES = 1 << 28
 """Largest report that a schema is read from: 256 MiB."""
@@ -80,7 +80,7 @@ def read(path: Path) -> Schema:
             raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read a schema from {path.name}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"cannot read a schema from {path.name}: {first_line(error)}") from None
     data = document.get("data") if isinstance(document, dict) else None
     return from_record(data.get("schema") if isinstance(data, dict) else document, path.name)
 
@@ -117,6 +117,15 @@ def ordered(found: Iterable[str], known: Sequence[str] = (), how: str = "") -> t
     if odd := sorted(names - set(known), key=natural):
         raise DataError(printable(suggest("classes does not name" if how else "no class of the model", odd[0], known[:50])))
     return tuple(known)
+
+
+def called(k: int, classes: Sequence[str]) -> str:
+    """A class by its number, and its name where it has another.
+
+    >>> called(1, ["cat", "dog"]), called(2, ["cat", "dog"])
+    ('1 (dog)', '2')
+    """
+    return f"{k} ({classes[k]})" if k < len(classes) and classes[k] != str(k) else str(k)
 
 
 def listed(classes: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ def echoed(selector: str, train: Examples, forget: Examples) -> str:
 
 def _named(k: int, train: Examples) -> str:
     names = train.schema.classes if train.schema is not None else ()
-    return f"{k} ({names[k]})" if k < len(names) and names[k] != str(k) else str(k)
+    return schema.called(k, names)
 
 
 def _class(value: str, train: Examples, _: Path) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from expunge.core.errors import DataError, printable, suggest
+from expunge.core.errors import DataError, first_line, printable, suggest
 from expunge.modalities.examples import Examples
 from expunge.modalities.files import schema as schemas
 from expunge.modalities.files.schema import Schema
@@ -69,7 +69,7 @@ def _csv(path: Path) -> Any:
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(printable(f"{path.name} cannot be read as csv: {str(error).splitlines()[0]}")) from None
+        raise DataError(printable(f"{path.name} cannot be read as csv: {first_line(error)}")) from None
 
 
 def _unpacked(path: Path) -> bytes:
@@ -106,7 +106,7 @@ def _parquet(path: Path) -> Any:
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(printable(f"{path.name} cannot be read as parquet: {str(error).splitlines()[0]}")) from None
+        raise DataError(printable(f"{path.name} cannot be read as parquet: {first_line(error)}")) from None
 
 
 def column(values: Any, name: str, what: str) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from expunge.core.edits import LowRank
-from expunge.core.errors import ModelError
+from expunge.core.errors import ModelError, first_line
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import quietly
@@ -68,7 +68,7 @@ def load(folder: Path | str, *, dtype: str = "auto", adapter: Path | str | None 
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], **options)
             model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"cannot load {folder.name}: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"cannot load {folder.name}: {first_line(error)}") from None
     if names := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ModelError(f"{folder.name} lacks {names[0]}{more}, or holds another shape of it: such weights would be drawn at random, other ones each time")
@@ -92,7 +92,7 @@ def _tokenizer(folder: Path) -> Any:
         with quietly():
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load the tokenizer of {folder.name}: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"cannot load the tokenizer of {folder.name}: {first_line(error)}") from None
     if not found.is_fast:
         raise ModelError(f"{folder.name} has no fast tokenizer (tokenizer.json), which character offsets need")
     return found
@@ -112,7 +112,7 @@ def skeleton(folder: Path | str) -> nn.Module:
         with devices.EMPTY, quietly():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot read the configuration of {folder.name}: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"cannot read the configuration of {folder.name}: {first_line(error)}") from None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -164,7 +164,7 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
         name = str(error).partition("[")[2].partition("]")[0].split(",")[0].strip(" '\"") or "some"
         raise ModelError(f"adapter {folder.name} lacks weights that its configuration names, {name} first: it would be read without them") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot put adapter {folder.name} on the model: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"cannot put adapter {folder.name} on the model: {first_line(error)}") from None
 
 
 def release(
@@ -257,7 +257,7 @@ def plain(folder: Path | str, base: Path | str) -> nn.Module:
                 root = _base(root)
             return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root, local_files_only=True), folder, local_files_only=True).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the released folder cannot be loaded back: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"the released folder cannot be loaded back: {first_line(error)}") from None
 
 
 def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:

@@ -40,6 +40,13 @@ def prepare(
     within       folder that the base of an adapter may not leave
     Raises DataError, SplitError or ModelError that name the file, the line and what to do.
     """
+    return _prepared(folder, files, template, mask, max_length, dtype, validation, within)[:4]
+
+
+def _prepared(
+    folder: Path | str, files: Mapping[str, Path | str], template: str, mask: str, max_length: int, dtype: str, validation: float, within: Path | None
+) -> tuple[nn.Module, Any, Task, Split, tuple[str, ...]]:
+    """As `prepare`, and lines that say as what each file was read."""
     if not files.get("forget"):
         raise SplitError("no forget file; name one with --forget")
     model, tokenizer = checkpoints.load(folder, dtype=dtype, within=within)
@@ -47,14 +54,15 @@ def prepare(
     if template == "auto":
         template = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
     form = Format(tokenizer, template, mask, max_length or min(context, 512))
-    rows = {part: pieces(read_jsonl(path), form) for part, path in files.items() if path}
-    found = split(form, **rows)
+    read = {part: readers.read(path) for part, path in files.items() if path}
+    lines = (f"{part}: {len(rows)} record{'s' if len(rows) > 1 else ''} of {Path(files[part]).name}, read as {how}" for part, (rows, how) in read.items())
+    found = split(form, **{part: pieces(rows, form) for part, (rows, _) in read.items()})
     if found.test is not None and found.validation is None and validation > 0:
         order = torch.randperm(len(found.test), generator=torch.Generator().manual_seed(0))
         cut = int(validation * len(order))
         found = replace(found, test=found.test.take(order[cut:].sort().values), validation=found.test.take(order[:cut].sort().values) if cut else None)
     name = Path(files["forget"]).name
-    return model, tokenizer, causal_lm(tokenizer), replace(found, asked=f"{len(found.forget)} records of {name}")
+    return model, tokenizer, causal_lm(tokenizer), replace(found, asked=f"{len(found.forget)} records of {name}"), tuple(lines)
 
 
 def pieces(rows: list[dict[str, Any]], form: Format) -> list[dict[str, Any]]:
@@ -78,12 +86,10 @@ def read(request: Request) -> Opened:
     part = share(given["validation"])
     files = {"forget": request.what, **{n: given[n] for n in PARTS[1:]}, **({"validation": ""} if given["validation"].startswith("share:") else {})}
     within, dtype = request.folder if request.inside else None, given["dtype"]
-    model, tokenizer, task, found = prepare(
-        request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, template=given["template"], mask=given["mask"],
-        max_length=given["max_length"], dtype=dtype, validation=part, within=within,
+    model, tokenizer, task, found, lines = _prepared(
+        request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, given["template"], given["mask"], given["max_length"], dtype,
+        part, within,
     )  # fmt: skip
-    told = [(n, Path(f).name, *readers.read(request.path(f))) for n, f in files.items() if f]
-    lines = tuple(f"{n}: {len(rows)} record{'s' if len(rows) > 1 else ''} of {name}, read as {form}" for n, name, rows, form in told)
     references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
     after = load(request) if request.audit or request.after else None
 

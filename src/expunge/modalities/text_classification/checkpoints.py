@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core.errors import ModelError, SettingError
+from expunge.core.errors import ModelError, SettingError, first_line
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
-from expunge.modalities.quietly import quietly as _quietly
+from expunge.modalities.quietly import fitting, quietly
 
 KINDS = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What `dtype` may be."""
@@ -78,18 +78,15 @@ def load(folder: Path | str, *, dtype: str = "auto", finite: bool = True) -> tup
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder.name} holds no safetensors weights (pickles can run code and are not read): save it with save_pretrained")
     try:
-        with _quietly():
+        with quietly():
             found: Any = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=KINDS[dtype], output_loading_info=True, **LOCAL)
             model, info = found
             tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
             for how in ("is_local", "local_files_only", "trust_remote_code"):  # else they are saved with it
                 tokenizer.init_kwargs.pop(how, None)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"cannot load {folder.name}: {_first(error)}") from None
-    for what, why in (("missing", "would be drawn at random; it is no trained text classifier"), ("unexpected", "has no place in the model")):
-        if names := sorted(info[f"{what}_keys"]):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ModelError(f"the weights of {folder.name} do not fit its model: {names[0]}{more} {why}")
+        raise ModelError(f"cannot load {folder.name}: {first_line(error)}") from None
+    fitting(folder.name, info, "would be drawn at random; it is no trained text classifier")
     for name, p in model.named_parameters():
         if finite and not torch.isfinite(p).all():
             raise ModelError(f"{folder.name} holds values of {name} that are not finite")
@@ -101,10 +98,6 @@ def load(folder: Path | str, *, dtype: str = "auto", finite: bool = True) -> tup
     return model.eval(), tokenizer
 
 
-def _first(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def skeleton(folder: Path | str) -> nn.Module:
     """The model of a folder without its weights, on the meta device: names and shapes, for what can be told from them alone."""
     needed()
@@ -112,10 +105,10 @@ def skeleton(folder: Path | str) -> nn.Module:
 
     configured(folder)
     try:
-        with devices.EMPTY, _quietly():
+        with devices.EMPTY, quietly():
             return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, **LOCAL), trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot read the configuration of {Path(folder).name}: {_first(error)}") from None
+        raise ModelError(f"cannot read the configuration of {Path(folder).name}: {first_line(error)}") from None
 
 
 def limit(model: nn.Module, tokenizer: Any, wanted: int = 0) -> int:
@@ -149,10 +142,10 @@ def plain(folder: Path | str) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with _quietly():
+        with quietly():
             return AutoModelForSequenceClassification.from_pretrained(folder, **LOCAL).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the released folder cannot be loaded back: {_first(error)}") from None
+        raise ModelError(f"the released folder cannot be loaded back: {first_line(error)}") from None
 
 
 def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
@@ -163,7 +156,7 @@ def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
             made, old = Path(place) / "made", Path(place) / "old"
-            with _quietly():
+            with quietly():
                 model.save_pretrained(made)  # pyright: ignore
                 tokenizer.save_pretrained(made)
             if out.exists():

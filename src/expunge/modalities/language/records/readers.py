@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import DataError, printable
+from expunge.core.files import doubled
 from expunge.modalities.language.records.artefact import MAX_BYTES, parsed
 from expunge.modalities.language.records.forms import recognised
 
@@ -50,11 +51,9 @@ def read(path: Path | str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise DataError(f"names {next(n for n in names if names.count(n) > 1)} twice")
-    return found
+    if name := doubled(pairs):
+        raise DataError(f"names {name} twice")
+    return dict(pairs)
 
 
 def _never(word: str) -> Any:
