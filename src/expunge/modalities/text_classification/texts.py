@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.core.errors import DataError, SettingError
+from expunge.core.errors import DataError, SettingError, printable
+from expunge.modalities import strict_json
 from expunge.modalities.examples import Examples
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -45,30 +45,23 @@ def read(path: Path | str) -> list[dict[str, Any]]:
 
 def _json(path: Path, content: str) -> list[Any]:
     if content.lstrip()[:1] == "[":
-        try:
-            return json.loads(content)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path.name} is not JSON: {error}") from None
-    found = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"line {number} of {path.name} is not JSON: {error.msg}") from None
-    return found
+        return strict_json.parsed(content, path.name)
+    return [strict_json.parsed(line, f"line {k} of {path.name}") for k, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def _table(path: Path, content: str) -> list[Any]:
-    """Rows of a CSV file; ids and labels that are whole numbers are such."""
+    """Rows of a CSV file; ids and labels that are whole numbers, written as such are (01 is a name), are numbers."""
     try:
-        rows = list(csv.DictReader(io.StringIO(content), strict=True))
+        reader = csv.DictReader(io.StringIO(content), strict=True)
+        rows, names = list(reader), list(reader.fieldnames or ())
     except csv.Error as error:
         raise DataError(f"{path.name} is not CSV: {error}") from None
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path.name} names the column {printable(twice[0])} twice")
     for row in rows:
         for name in ("label", "id"):
             value = (row.get(name) or "").strip()
-            if value.removeprefix("-").isdecimal():
+            if len(value) < 19 and value.removeprefix("-").isdecimal() and str(int(value)) == value:
                 row[name] = int(value)  # pyright: ignore[reportArgumentType]
     return [{("further columns" if name is None else name): value for name, value in row.items() if value != ""} for row in rows]
 
@@ -98,6 +91,10 @@ def numbered(rows: Rows, names: Mapping[str, int], what: str = "the records") ->
         if (label not in names) if isinstance(label, str) else (names and label not in known):
             there = ", ".join(f"{name} ({number})" for name, number in list(names.items())[:12]) or "none by name, so write numbers"
             raise DataError(f"record {k} of {what} has the label '{label}'; the model's classes are {there}{' ...' if len(names) > 12 else ''}")
+        if not isinstance(label, str) and names.get(str(label), label) != label:
+            raise DataError(
+                f"record {k} of {what} has the label {label}, but the class named {label} has the number {names[str(label)]}: which is meant? write names"
+            )
     return torch.tensor([names[r["label"]] if isinstance(r["label"], str) else r["label"] for r in rows], dtype=torch.long)
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.core.errors import DataError, suggest
+from expunge.core.errors import DataError, printable, suggest
 from expunge.core.types import Split
 from expunge.modalities.language.texts import Texts
 
 CUT = "goes on"
 """Field of a window of raw text that is not its last: no end follows it."""
+
+STAND_IN = "\ue000"
+"""Stands for the answer where its end is looked for: a character that no template writes."""
 
 MASKS = ("answer+eos", "answer", "full", "entity")
 PLAIN = "Question: {question}\nAnswer:"
@@ -61,7 +64,7 @@ class Format:
         if "question" not in row:
             return ""
         if self.template == "chat":
-            return self.tokenizer.apply_chat_template(self._messages(row), tokenize=False, add_generation_prompt=True)
+            return self._rendered(self._messages(row), asking=True)
         if row.get("history") or row.get("system"):
             raise DataError(f"it has {'earlier turns' if row.get('history') else 'a system prompt'}, which only a chat template can hold: template='chat'")
         return (PLAIN if self.template == "plain" else self.template).replace("{question}", str(row["question"]))
@@ -136,27 +139,48 @@ class Format:
         if self.template != "chat":
             prompt = self.prompt_text(row)
             return f"{prompt} {answer}", len(prompt), len(prompt) + 1 + len(answer)
-        whole = self.tokenizer.apply_chat_template([*self._messages(row), {"role": "assistant", "content": answer}], tokenize=False)
-        start = whole.rfind(answer)
+        before, prompt = self._messages(row), self.prompt_text(row)
+        whole, tail = (self._rendered([*before, {"role": "assistant", "content": said}]) for said in (answer, STAND_IN))
+        start = whole.rfind(answer, 0, len(whole) - len(tail.rpartition(STAND_IN)[2]))
         if start < 0:
             raise DataError("the chat template changes the answer; use a template of your own")
-        end, prompt = start + len(answer), self.prompt_text(row)
-        return whole, min(start, len(prompt)) if whole.startswith(prompt) else start, end
+        return whole, len(prompt) if whole.startswith(prompt) else start, start + len(answer)
+
+    def _rendered(self, messages: list[dict[str, str]], *, asking: bool = False) -> str:
+        """The messages through the chat template. Raises DataError for a template that fails, or that leaves out what a system or user turn says."""
+        from jinja2 import TemplateError
+
+        try:
+            found = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            said = printable(" ".join(str(error).split()))[:200]
+            raise DataError(f"the chat template cannot be used: {said}; use a template of your own") from None
+        for turn in messages:
+            if turn["role"] != "assistant" and turn["content"].strip() not in found:
+                raise DataError(f"the chat template leaves out the {turn['role']} turn, or changes it; use a template of your own")
+        return found
 
     def _spans(self, row: Mapping[str, Any], text: str, start: int, end: int) -> list[tuple[int, int]]:
         if self.mask == "full":
             return [(0, end)]
         if self.mask != "entity" or "question" not in row:
             return [(start, end)]
+        if isinstance(row.get("entities"), str):
+            raise DataError("`entities` must be a list of texts")
         words = [str(w) for w in (row.get("entities") or [row.get("fact", "")]) if w]
-        low = text.lower()
-        found = [(m.start(), m.end()) for w in words for m in re.finditer(re.escape(w.lower()), low[:end]) if m.start() >= start]
+        found = [m.span() for w in words for m in mentions(w, text, start, end)]
         if not found:
             raise DataError("mask 'entity' needs a `fact` or `entities` that stand in the answer")
         return found
 
     def _ends(self, token: int) -> bool:
         return token in set(self.tokenizer.all_special_ids) or token == self.tokenizer.eos_token_id
+
+
+def mentions(word: str, text: str, start: int, end: int) -> list[re.Match[str]]:
+    """Where the word stands in text[start:end], in any case: by itself where it does so anywhere, else inside of others (as in Chinese)."""
+    by_itself = rf"(?<!\w){re.escape(word)}(?!\w)"
+    return next((f for form in (by_itself, re.escape(word)) if (f := list(re.compile(form, re.IGNORECASE).finditer(text, start, end)))), [])
 
 
 def numbered(make: Callable, *columns: Sequence) -> list:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import DataError, printable
-from expunge.core.files import doubled
+from expunge.modalities import strict_json
 from expunge.modalities.language.records.artefact import MAX_BYTES, parsed
 from expunge.modalities.language.records.forms import recognised
 
@@ -32,9 +31,9 @@ def read(path: Path | str) -> tuple[list[dict[str, Any]], str]:
     elif content[:400].lstrip().startswith('{"expunge"'):
         return [dict(row) for row in parsed(path)[1]], "a file that expunge wrote"
     elif content.lstrip()[:1] == "[":
-        lines = list(enumerate(_json(content, path.name), 1))
+        lines = list(enumerate(strict_json.parsed(content, path.name), 1))
     else:
-        lines = [(k, _json(line, f"line {k} of {path.name}")) for k, line in enumerate(content.split("\n"), 1) if line.strip()]
+        lines = [(k, strict_json.parsed(line, f"line {k} of {path.name}")) for k, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path.name} holds no record")
     found, forms, notes = [], {}, dict[str, None]()
@@ -48,26 +47,3 @@ def read(path: Path | str) -> tuple[list[dict[str, Any]], str]:
         notes |= dict.fromkeys(k for k in record if k not in ("question", "answer", "text", "system", "history"))
     told = ", ".join(f"{n} as {form}" if len(forms) > 1 else form for form, n in forms.items())
     return found, f"{told} (no text that is trained: {', '.join(map(printable, notes))})" if notes else told
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if name := doubled(pairs):
-        raise DataError(f"names {name} twice")
-    return dict(pairs)
-
-
-def _never(word: str) -> Any:
-    raise DataError(f"holds {word}, which is no JSON")
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_never)
-    except DataError as error:
-        raise DataError(f"{where} {error}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError(f"{where} is nested too deeply") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise DataError(f"{where} cannot be read: {str(error).partition(';')[0]}") from None
