@@ -6,8 +6,10 @@ when a rule's row is missing.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +21,8 @@ from expunge.core.modality import of
 from expunge.core.registry import CHECKS
 from expunge.core.types import Split, Task
 from expunge.parts.reading import Scores, score
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,12 @@ def audit(probe: Probe, names: Sequence[str] = (), *, slow: bool = True) -> list
 
 
 def _measured(probe: Probe, name: str) -> list[Row]:
+    start = time.perf_counter()
+    log.debug("audit: %s", name)
     try:
-        return CHECKS[name](probe)
+        rows = CHECKS[name](probe)
+        log.info("audit: %s read %d values in %.1f s", name, len(rows), time.perf_counter() - start)
+        return rows
     except Diverged as error:
         return [Row(name, math.nan, -math.inf, math.inf, 0, f"the attack's own training diverged on this model: {error}")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,7 @@ def audit(
     from expunge.core.errors import SettingError
     from expunge.core.modality import MODALITIES, Request
     from expunge.core.patch import Patch
+    from expunge.engine.log import kept
     from expunge.engine.run import Attempt
     from expunge.planning import outcome
     from expunge.planning.folders import fit, fresh
@@ -59,7 +61,7 @@ def audit(
     if out:
         fit(out)
     found = Patch.load(patch, key(key_file)) if patch else None
-    with bar(as_json) as progress:
+    with bar(as_json) as progress, kept(out) if out else nullcontext(lambda _: None) as settle:
         opened = modality.open(Request(model, what, mine, tuple(reference or ()), after, audit=True, progress=progress))
         understood(opened, anyway, as_json)
         if found is not None:
@@ -71,15 +73,15 @@ def audit(
             opened.model, opened.after, opened.task, opened.split, references=opened.references, seed=seed, attempt=attempt, slow=not quick, pool=pool,
             forgotten=forgotten, require=require, twins=twins, workers=workers, folder=Path(out) / "plants" if out else None, progress=progress,
         )  # fmt: skip
-    title = f"Audit of {Path(patch or after).name}"
-    if out:
-        with fresh(out) as run:
-            document = verdict.save(run.made, title, key(key_file))
-        show({**document, "folder": str(run.place)}, as_json)
-        if not as_json:
-            print("\n".join(places({**document, "folder": str(run.place)})))
-    else:
-        show(verdict.document(title), as_json)
+        title = f"Audit of {Path(patch or after).name}"
+        document = verdict.document(title)
+        if out:
+            with fresh(out) as run:
+                document = {**verdict.save(run.made, key=key(key_file), document=document), "folder": str(run.place)}
+            settle(run.place)
+    show(document, as_json)
+    if out and not as_json:
+        print("\n".join(places(document)))
     raise typer.Exit(0 if verdict.passed else 1)
 
 

@@ -56,6 +56,7 @@ def forget(
     """
     from expunge.core.modality import Request
     from expunge.core.types import bytes_of
+    from expunge.engine.log import kept
     from expunge.planning import plan as planner
     from expunge.planning.folders import fit
     from expunge.planning.releasing import finished
@@ -64,7 +65,7 @@ def forget(
     modality, what, mine = asked(task, options, forget)
     fit(out)
     secret = key(key_file)
-    with bar(as_json) as progress:
+    with bar(as_json) as progress, kept(out) as settle:
         opened = modality.open(Request(model, what, mine, tuple(reference or ()), progress=progress))
         fit(out, bytes_of(opened.model))
         verdict = planner.forget(
@@ -73,17 +74,21 @@ def forget(
             progress=progress, require=require, twins=twins, workers=workers, minutes=minutes or math.inf,
             ready=lambda: understood(opened, anyway, as_json),
         )  # fmt: skip
-    verdict, document = finished(verdict, opened, out, f"Forget {opened.split.asked or what}", secret, candidate=keep_candidate)
+        verdict, document = finished(verdict, opened, out, f"Forget {opened.split.asked or what}", secret, candidate=keep_candidate)
+        settle(document["folder"])
     closing(modality, verdict, document, as_json)
 
 
 def run(recipe: str, as_json: Json = False) -> None:
     """Carry out a recipe file. Example: expunge run recipes/digits-class.toml"""
     from expunge.core.modality import named
+    from expunge.engine.log import kept
     from expunge.planning import recipe as recipes
 
-    with bar(as_json) as progress:
-        verdict, document = recipes.run(found := recipes.read(recipe), progress=progress)
+    found = recipes.read(recipe)
+    with bar(as_json) as progress, kept(found.folder / found.out) as settle:
+        verdict, document = recipes.run(found, progress=progress)
+        settle(document["folder"])
     closing(named(found.task), verdict, document, as_json)
 
 

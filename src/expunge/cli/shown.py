@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +29,19 @@ Key = Annotated[str, typer.Option("--key-file", help="File whose bytes sign (and
 
 @contextmanager
 def bar(quiet: bool) -> Iterator[Any]:
-    """A progress callable shown on standard error; None when quiet."""
+    """A progress callable shown on standard error, which names what is under way, audits included; None when quiet."""
     if quiet:
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from expunge.engine.log import heard
+
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
         line = progress.add_task("", total=None)
-        yield lambda text, done, total: progress.update(line, description=text, completed=done, total=total)
+        with heard(lambda text: progress.update(line, description=text, completed=0, total=None), logging.DEBUG):
+            yield lambda text, done, total: progress.update(line, description=text, completed=done, total=total)
 
 
 def understood(opened: Any, anyway: bool, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,9 +38,12 @@ from expunge.core.modality import made, of
 from expunge.core.patch import Patch
 from expunge.core.registry import METHODS, Method
 from expunge.core.types import Split, Task, device_of, held
+from expunge.engine.log import told
 from expunge.engine.results import Source, edited, released
 from expunge.engine.rounding import ULPS, rounded
 from expunge.engine.sound import broken, unsound
+
+log = logging.getLogger(__name__)
 
 GRADED = ("ok", "partial", "harmed")
 """Outcomes that leave a patch. That of a `partial` or `harmed` run is there to be looked at: it never passes a gate."""
@@ -133,6 +137,7 @@ def unlearn(
     counted = devices.peak_begun(device)
     resident = 0 if counted else peak(anew=True)
     patch, start = None, time.perf_counter()
+    log.debug("%s: begins", method)
 
     def measured() -> None:
         watch.meter.seconds = time.perf_counter() - start
@@ -162,7 +167,9 @@ def unlearn(
             _withdraw(where, there)
     except Exception as error:
         outcome, reason = "failed", plain(error)
-    return Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter, ran=True, source=Source(model, task, split))
+    attempt = Attempt(method, resolved, seed, outcome, reason, patch if outcome in GRADED else None, watch.meter, ran=True, source=Source(model, task, split))
+    log.info("%s: %s in %.1f s, %d passes, seed %d; %s", method, outcome, watch.meter.seconds, watch.meter.passes, seed, told(resolved))
+    return attempt
 
 
 def pace(model: nn.Module, task: Task, split: Split) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from expunge.planning import advice
 from expunge.planning.outcome import Try, Verdict, baselines, examined, families, first, patched, regraded, remarks, required, trusted
 from expunge.planning.plants import Recipe, controls, dealt, pause
 from expunge.planning.search import Course, best_of, bracketed, broke, changed, fronted, halved, searched, worth
+
+log = logging.getLogger(__name__)
 
 KINDS = {"moe": "a mixture of experts"}
 """What a method that works on one kind of model alone asks for (`Method.twin`), in words."""
@@ -131,6 +134,8 @@ def forget(
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in split.parts().items())
+    log.info("%s request: %s, %d references, seed %d", task.name, sizes, len(references), seed)
     given = {name: METHODS[name].settings((settings or {}).get(name, {})) for name in {*methods, *(settings or {})}}
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
@@ -170,6 +175,7 @@ def forget(
                 folder=None if folder is None else Path(folder) / f"{t.attempt.method}-plants",
             )  # fmt: skip
             seen = regraded(p, rules, seen, after, e, slow, checks, require=require, refused=refused, families=asked)
+        log.info("%s: %s, audited: %s", t.attempt.method, "passed" if seen.passed else "did not pass", seen.grade.grade if seen.grade else "no grade")
         return replace(seen, score=t.score)
 
     if stop and not methods and not scales and not nothing and validate is not None and len(wanted) > 1:
@@ -194,6 +200,7 @@ def forget(
         notes += tuple(advice.explained(tries, general=split.general is not None, retain=split.retain is not None))
     if nothing and stop and not methods:
         notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
+    log.info("verdict: %s after %d tries", f"{best.attempt.method} passed" if best else "nothing passed", len(tries))
     return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes, tuple(refused))
 
 
