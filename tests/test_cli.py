@@ -184,9 +184,10 @@ def test_settings_from_flags():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('model = "m"\ntrain = "t"\nforget = "f"\nmetod = 1\n', "unknown key 'metod'"),
+        ('model = "py:m:f"\ntrain = "t"\nforget = "f"\nmetod = 1\n', "unknown key 'metod'"),
         ('model = 3\ntrain = "t"\nforget = "f"\n', "model in r.toml must be of type str"),
-        ('model = "m"\n', "lacks train, forget"),
+        ('model = "no such folder"\n', "no folder no such folder"),
+        ('model = "py:m:f"\n', "lacks train, forget"),
         ("model =", "is not TOML"),
     ],
 )

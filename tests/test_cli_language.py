@@ -174,7 +174,7 @@ def test_npo_that_the_gate_refuses_leaves_a_report_and_no_patch(world):
     code, out, err = call(world.home, *FORGET, *RETAIN, "--test", "test.jsonl", *NPO, "--out", "npo")
     assert code == 1, err
     assert "NOT PASSED" in out and "Traceback" not in err
-    assert {p.name for p in (world.home / "npo" / "latest").iterdir()} == {"report.html", "report.json"}
+    assert {p.name for p in (world.home / "npo" / "latest").iterdir()} == {"report.html", "report.json", "run.log"}
     document = strict((world.home / "npo" / "latest" / "report.json").read_text())
     assert not document["verdict"]["passed"] and document["verdict"]["reasons"]
     (one,) = document["tries"]
@@ -198,7 +198,7 @@ def test_audit_reads_a_patch_and_the_same_weights_alike(world, done):
     assert rows(a[1])[name] == pytest.approx(rows(b[1])[name], abs=1e-4)
     assert rows(nothing[1])[name] > rows(a[1])[name] + 0.3
     assert a[1]["tries"][0]["method"] == "task_vector" and b[1]["tries"][0]["method"] == "given"
-    assert {p.name for p in (world.home / "audited" / "latest").iterdir()} == {"report.html", "report.json"}
+    assert {p.name for p in (world.home / "audited" / "latest").iterdir()} == {"report.html", "report.json", "run.log"}
     assert strict((world.home / "audited" / "latest" / "report.json").read_text())["verdict"] == nothing[1]["verdict"]
 
 
@@ -414,7 +414,7 @@ def test_what_a_method_refuses_stands_in_the_report(world, tmp_path, words, reas
     document = strict(out)
     assert [t["outcome"] for t in document["tries"]] == ["refused"]
     assert any(reason in why for why in document["verdict"]["reasons"])
-    assert {p.name for p in (tmp_path / "refused" / "latest").rglob("*")} == {"report.html", "report.json"}
+    assert {p.name for p in (tmp_path / "refused" / "latest").rglob("*")} == {"report.html", "report.json", "run.log"}
 
 
 BAD = [
@@ -424,7 +424,7 @@ BAD = [
     ((*FORGET, "--retain", "twice.jsonl"), "record 3 of forget also stands in retain (record 2)"),
     ((*FORGET, "--test", "forget.jsonl"), "record 1 of forget also stands in test (record 1)"),
     (("forget", *TEXTS, "--forget", "none.jsonl"), "cannot read none.jsonl"),
-    (("forget", *TEXTS, "--forget", ""), "--forget is missing"),
+    (("forget", *TEXTS, "--forget", ""), "what must go is missing"),
     ((*FORGET, "--retain", "none.jsonl"), "cannot read none.jsonl"),
     (("forget", "--task", "causal-lm", "--model", "nowhere", "--forget", "forget.jsonl"), "no folder nowhere"),
     (("forget", "--task", "causal-lm", "--model", "pickled", "--forget", "forget.jsonl"), "pickles can run code"),
@@ -456,7 +456,7 @@ BAD = [
     (("audit", *TEXTS, "--forget", "forget.jsonl", "--after", "plain", "--dtype", "half"), "dtype must be one of auto, float32, bfloat16"),
     (("plan", "retain.jsonl", "none.jsonl", "--task", "causal-lm"), "cannot read none.jsonl"),
     (("plan", "retain.jsonl", "forget.jsonl", "--task", "causal-lm", "--model", "nowhere"), "no folder nowhere"),
-    (("plan", "world:digits/train", "class:3", "--model", "base"), "--model is the folder of a language model"),
+    (("plan", "world:digits/train", "class:3", "--model", "base", "--task", "classification"), "--model is the folder of a language model"),
     (("revert", "base/model.safetensors", "--model", "base", "--out", "back"), "no expunge patch"),
     (("revert", "guard.safetensors", "--model", "py:mynet:build", "--out", "back"), "--weights is missing"),
 ]

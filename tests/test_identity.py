@@ -339,7 +339,7 @@ def test_an_audit_needs_a_model(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["expunge", "audit", "--forget", "class:3", "--patch", "p"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "--model is missing" in capsys.readouterr().err
+    assert "the model is missing" in capsys.readouterr().err
 
 
 def test_json_on_standard_output_is_sealed_too(verdict, capsys, file):

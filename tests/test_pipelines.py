@@ -381,13 +381,13 @@ def test_concepts_come_from_a_file_too(loaded, tmp_path):
     [
         (["--task", "diffusion", "--forget", "x"], "write --concept in place of --forget"),
         (["--concept", "x", "--train", "digits"], "--concept is for --task diffusion"),
-        (["--train", "digits"], "--forget is missing"),
+        (["--train", "digits"], "what must go is missing"),
         (["--task", "diffusion", "--concept", "x", "--form", "peft"], "form must be one of auto, merged, adapter, ungated"),
-        (["--task", "diffusion", "--concept", "x", "--general", "g.jsonl"], "--general is not for --task diffusion"),
+        (["--task", "diffusion", "--concept", "x", "--general", "g.jsonl"], "--general is not for diffusion models (--task diffusion)"),
     ],
 )
 def test_options_of_the_command(arguments, message):
-    result = CliRunner().invoke(app, ["forget", "--model", "nowhere", *arguments])
+    result = CliRunner().invoke(app, ["forget", "--model", "py:nowhere:f", *arguments])
     assert isinstance(result.exception, ExpungeError) and message in str(result.exception)
 
 

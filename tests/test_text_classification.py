@@ -416,7 +416,7 @@ def test_weights_that_are_not_finite_are_a_verdict_after_and_an_error_before(fol
         ((*ABOUT, "ids:9999"), "1 id(s) are not in the training data"),
         ((*ABOUT, "class:music", "--max-length", "100"), "max_length must be 0"),
         ((*ABOUT, "class:music", "--method", "unsir"), "unsir works on classification, not on text_classification"),
-        ((*ABOUT, "class:music", "--weights", "x"), "--weights is not for --task text-classification"),
+        ((*ABOUT, "class:music", "--weights", "x"), "--weights is not for text classifiers (--task text-classification)"),
         (("--task", "text-classification", "--model", "model", "--forget", "class:music"), "--train is missing"),
         (("--task", "text-classification", "--model", "none", "--train", "train.jsonl", "--forget", "class:music"), "no folder none"),
     ],

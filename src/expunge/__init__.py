@@ -67,6 +67,7 @@ _WHERE = {
     "audited": "planning.outcome",
     "Verdict": "planning.outcome",
     "sanity": "planning.sanity",
+    "opened": "planning.opening",
 }
 """Public name -> where it lives under `expunge`; the last three of guarantees are packages."""
 

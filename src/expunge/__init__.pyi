@@ -48,6 +48,7 @@ from expunge.modalities.worlds import world as world
 from expunge.parts.scopes.lora import lora as lora
 from expunge.parts.updates.descend import alternate as alternate
 from expunge.parts.updates.descend import descend as descend
+from expunge.planning.opening import opened as opened
 from expunge.planning.outcome import Verdict as Verdict
 from expunge.planning.outcome import audited as audited
 from expunge.planning.plan import forget as forget

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -53,7 +53,7 @@ def application(called: Iterable[str] = COMMANDS) -> typer.Typer:
     called = set(called)
     app = typer.Typer(
         no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Machine unlearning with proof. Start with: expunge demo",
-        rich_markup_mode=None,
+        rich_markup_mode=None, context_settings={"max_content_width": 130},
     )  # fmt: skip
 
     @app.callback()
@@ -63,10 +63,21 @@ def application(called: Iterable[str] = COMMANDS) -> typer.Typer:
     for name, (file, about) in COMMANDS.items():
         if name in called:
             command = getattr(importlib.import_module(f"expunge.cli.{file}"), name.replace("-", "_"))
-            app.command(name, context_settings=FREE if name == "forget" else None)(command)
+            free = {"context_settings": FREE, "options_metavar": "MODEL REQUEST [OPTIONS]"} if name == "forget" else {}
+            app.command(name, **free)(command)
         else:
             app.command(name, help=about)(lambda: None)
     return app
+
+
+def commands(called: Iterable[str], words: Sequence[str]) -> Any:
+    """The command line as it is called: where help is asked for, that of the kind of model that the words name."""
+    found: Any = typer.main.get_command(application(called))
+    if "--help" in words[1:] and (command := found.commands.get(words[0])) is not None:
+        from expunge.cli.options import fitted, told
+
+        fitted(command, words[0], told([w for w in words[1:] if w != "--help"]))
+    return found
 
 
 def __getattr__(name: str) -> Any:
@@ -82,4 +93,4 @@ def main() -> None:
 
     words = sys.argv[1:]
     called = COMMANDS if "_EXPUNGE_COMPLETE" in os.environ else words[:1]
-    sys.exit(ended(lambda: application(called)(standalone_mode=False), words))
+    sys.exit(ended(lambda: commands(called, words)(standalone_mode=False), words))

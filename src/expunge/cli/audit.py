@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli.forget import places
-from expunge.cli.options import TASK, asked, tasks, with_options
-from expunge.cli.shown import Anyway, Device, Json, Key, Quick, Require, Twins, Workers, bar, key, needs, show, understood
+from expunge.cli.options import TASK, TASK_HELP, asked, tasks, with_options
+from expunge.cli.shown import Anyway, Device, Json, Key, Quick, Require, Twins, Workers, bar, key, show, understood
 from expunge.core.modality import DEVICE
 
 Training = Annotated[str, typer.Option(help='How the model was trained, for --shadows: "epochs=30 batch_size=50 lr=0.05".')]
@@ -21,11 +21,14 @@ Pools = Annotated[str, typer.Option(help="Folder that keeps shadow models.")]
 
 @with_options(leave=("form",))
 def audit(
-    options: dict[str, Any], model: Annotated[str, typer.Option(help="py:module:factory; texts: the folder of the model before.")] = "",
-    forget: Annotated[str, typer.Option(help="What must be gone, as in forget.")] = "",
+    options: dict[str, Any],
+    place: Annotated[str, typer.Argument(metavar="MODEL", help="The model before: a folder, timm:NAME or py:module:factory.")] = "",
+    request: Annotated[str, typer.Argument(metavar="REQUEST", help="What must be gone, as in forget.")] = "",
+    model: Annotated[str, typer.Option(help="The same as MODEL.")] = "",
+    forget: Annotated[str, typer.Option(help="The same as REQUEST.")] = "",
     patch: Annotated[str, typer.Option(help="Patch to audit.")] = "",
     after: Annotated[str, typer.Option(help="Or: weights (texts, pipelines: folder) after.")] = "",
-    task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
+    task: Annotated[str, typer.Option(help=TASK_HELP.format(tasks()))] = TASK,
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
     out: str = "", require: Require = "", key_file: Key = "", twins: Twins = 0, workers: Workers = 1,
     shadows: Annotated[int, typer.Option(help="Train this many shadow models (64, say) for per-example attacks; kept and used again.")] = 0,
@@ -49,13 +52,13 @@ def audit(
     from expunge.planning.folders import fit, fresh
 
     if check:
-        if forget or reference or shadows or unlearn_shadows or out or twins:
+        model = model or place
+        if forget or request or reference or shadows or unlearn_shadows or out or twins:
             raise SettingError("--check reads a report back and audits nothing: name --patch, --model (with --weights) or --after to hold them to it")
         return _check(check, model, patch, after, options, key(key_file), as_json)
-    needs(model, "--model")
     if bool(patch) == bool(after):
         raise SettingError("name either --patch or --after")
-    modality, what, mine = asked(task, options, forget)
+    modality, model, what, mine = asked(task, model, options, forget, [w for w in (place, request) if w])
     if shadows and not modality.shadows:
         raise SettingError(f"shadow models are for {' and '.join(m.spelling for m in MODALITIES.values() if m.shadows)}")
     if out:
@@ -135,21 +138,21 @@ def select(
     from expunge.core.errors import SettingError, suggest
     from expunge.core.files import write
     from expunge.core.machine.devices import placed
-    from expunge.core.modality import MODALITIES, named
+    from expunge.core.modality import MODALITIES, meant
     from expunge.data.records import worst
     from expunge.modalities.files import models, readers
 
     ways = ("hardest", "easiest", "vulnerable", "random")
     if how not in ways:
         raise SettingError(suggest("no way to select", how, ways))
-    modality = named(task)
+    modality = meant(task, model)
     if not modality.labelled:
         raise SettingError(f"select works on {' and '.join(m.spelling for m in MODALITIES.values() if m.labelled)}")
     made = modality.task()
-    net, data = placed(models.load(model, Path(weights)), device, dtype), readers.load(train, task, Path.cwd(), inside=False)
+    net, data = placed(models.load(model, Path(weights)), device, dtype), readers.load(train, modality.name, Path.cwd(), inside=False)
     with bar(as_json) as progress:
         if how == "vulnerable":
-            unseen = readers.load(test, task, Path.cwd(), inside=False) if test else None
+            unseen = readers.load(test, modality.name, Path.cwd(), inside=False) if test else None
             rows = _shadows(net, made, data, unseen, shadows, training, pools, progress).vulnerable(data, size)
         elif how == "random":
             rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size].sort().values

@@ -8,14 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge.cli.options import TASK, asked, tasks, with_options
+from expunge.cli.options import TASK, TASK_HELP, asked, tasks, with_options
 from expunge.cli.shown import Anyway, Json, Key, Quick, Require, Twins, Workers, bar, key, show, understood
+from expunge.core.errors import SettingError, printable
+
+
+def apart(words: list[str]) -> tuple[list[str], list[str]]:
+    """(words that belong to no setting: MODEL and REQUEST, the settings).
+
+    >>> apart(["net", "--keep", "0.3", "--soft=1", "class:3"])
+    (['net', 'class:3'], ['--keep', '0.3', '--soft=1'])
+    """
+    bare = [i for i, w in enumerate(words) if not w.startswith("--") and (not i or not words[i - 1].startswith("--") or "=" in words[i - 1])]
+    return [words[i] for i in bare], [w for i, w in enumerate(words) if i not in bare]
 
 
 def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
     """`--keep 0.3 --soft` after a method -> the settings that were named, over all those of a preset; raises SettingError with the nearest name.
     `--npo.retain none` names the method's own retain, where the command has an option of that name."""
-    from expunge.core.errors import SettingError
     from expunge.core.registry import METHODS
 
     found: dict[str, Any] = {}
@@ -23,7 +33,7 @@ def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise SettingError(f"cannot read '{word}'; write settings as --name value")
+            raise SettingError(f"cannot read '{printable(word)}'; write settings as --name value")
         found[word[2:].removeprefix(f"{method}.").replace("-", "_")] = words.pop(0) if words and not words[0].startswith("--") else "true"
     if found and not method:
         raise SettingError(f"--{next(iter(found))} is no option of this command, and settings need --method")
@@ -36,22 +46,30 @@ def settings(method: str, extra: list[str], preset: str = "") -> dict[str, Any]:
 @with_options()
 def forget(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="py:module:factory; texts: a folder that save_pretrained wrote, or a PEFT folder.")],
-    options: dict[str, Any],
-    forget: Annotated[str, typer.Option(help="class:3, ids:17,42, ids:@file, range:0..30, random:0.1 or random:500; texts: a JSONL file.")] = "",
-    task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
+    options: dict[str, Any], model: Annotated[str, typer.Option(help="The same as MODEL.")] = "",
+    forget: Annotated[str, typer.Option(help="The same as REQUEST.")] = "",
+    task: Annotated[str, typer.Option(help=TASK_HELP.format(tasks()))] = TASK,
     method: Annotated[str, typer.Option(help="One method; its settings follow as flags.")] = "",
     preset: Annotated[str, typer.Option(help="paper: the method's settings as published, under those named as flags.")] = "",
     reference: Annotated[list[str] | None, typer.Option(help="Weights (texts: folder) of a retrained model; repeat for several.")] = None,
-    retrain_epochs: float = 0.0, seed: int = 0, out: str = "out", require: Require = "", twins: Twins = 0, workers: Workers = 1,
+    retrain_epochs: Annotated[float, typer.Option(help="What training anew takes, so that cost is told as a share of it; 0: not told.")] = 0.0,
+    seed: int = 0, out: Annotated[str, typer.Option(help="Folder that gets a folder per run.")] = "out",
+    require: Require = "", twins: Twins = 0, workers: Workers = 1,
     keep_candidate: Annotated[bool, typer.Option("--keep-candidate", help="Write the best try that did not pass, marked, beside the report.")] = False,
     minutes: Annotated[float, typer.Option(help="Wall time after which no run begins; 0 is no limit.")] = 0.0,
     key_file: Key = "", quick: Quick = False, anyway: Anyway = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Unlearn, audit, gate: searches all feasible methods, or takes --method NAME with its settings (--keep 0.3).
 
-    Texts: expunge forget --task causal-lm --model DIR --forget f.jsonl --retain r.jsonl --method npo --lora 16; what comes out is loaded without expunge.
-    Pipelines of diffusers: expunge forget --task diffusion --model DIR --concept "Van Gogh style" --anchor "painting" --method uce
+    \b
+    MODEL    a folder of transformers, PEFT or diffusers, timm:NAME, or py:module:factory with --weights
+    REQUEST  class:cat, ids:17,42, ids:@file, range:0..30, random:0.1 (or 500); language models: a file of texts; pipelines: a concept
+
+    \b
+    expunge forget py:nets:make class:3 --weights w.safetensors --train csv:train.csv?target=label --test csv:test.csv?target=label
+    expunge forget DIR gone.jsonl --retain stays.jsonl --test unseen.jsonl --method npo --lora 16
+    expunge forget DIR "Van Gogh style" --anchor painting --method uce
+
     A setting that is called like an option of this command is written with its method: --npo.retain none.
     """
     from expunge.core.modality import Request
@@ -61,8 +79,9 @@ def forget(
     from expunge.planning.folders import fit
     from expunge.planning.releasing import finished
 
-    given = {method: found} if (found := settings(method, context.args, preset)) else {}
-    modality, what, mine = asked(task, options, forget)
+    words, rest = apart(context.args)
+    modality, model, what, mine = asked(task, model, options, forget, words)
+    given = {method: found} if (found := settings(method, rest, preset)) else {}
     fit(out)
     secret = key(key_file)
     with bar(as_json) as progress, kept(out) as settle:

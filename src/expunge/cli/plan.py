@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.cli import exact
-from expunge.cli.options import TASK, asked, tasks, with_options
+from expunge.cli.options import TASK, TASK_HELP, asked, tasks, with_options
 from expunge.cli.shown import Json, needs
 
 
@@ -16,7 +16,7 @@ def plan(
     options: dict[str, Any],
     train: Annotated[str, typer.Argument(help="Data; texts: JSONL of what must stay.")] = "",
     forget: Annotated[str, typer.Argument(help="What must go: class:3 and the like; texts: a JSONL file.")] = "",
-    task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK, model: Annotated[str, typer.Option(help="Texts: the model's folder.")] = "",
+    task: Annotated[str, typer.Option(help=TASK_HELP.format(tasks()))] = TASK, model: Annotated[str, typer.Option(help="Texts: the model's folder.")] = "",
     retrain_epochs: float = 0.0, as_json: Json = False, stream: exact.Log = "", records: exact.Records = 0, shard_least: exact.Least = 200,
     storage: exact.Storage = 0, passes: exact.Passes = 0.0, months: exact.Months = 12.0, out: exact.Out = "",
 ) -> None:  # fmt: skip
@@ -31,14 +31,14 @@ def plan(
 
     from dataclasses import asdict
 
-    from expunge.core.modality import Request, named
+    from expunge.core.modality import Request, meant
     from expunge.core.registry import METHODS
     from expunge.planning import plan as planner
     from expunge.report import table
 
-    modality = named(task)
+    modality = meant(task, model)
     if modality.asks == "forget":
-        _, forget, options = asked(task, options, forget)
+        _, _, forget, options = asked(modality.spelling, model or "none", options, forget)
     chosen, split, net = modality.sized(Request(model, forget, {**options, modality.stays: train}))
     passes_of = 2 * retrain_epochs * len(split.retain or ()) if retrain_epochs else None
     found = planner.plan(chosen, split, model=net, retrain_passes=passes_of)

@@ -6,16 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge.cli.options import TASK, asked, tasks, with_options
+from expunge.cli.options import TASK, TASK_HELP, asked, tasks, with_options
 from expunge.cli.shown import Json, bar, wrote
 
 
 @with_options(leave=("form", "plants", "judge", "drawings", "concept"))
 def retrain(
-    model: Annotated[str, typer.Option(help="The model that is to forget: py:module:factory, or a folder.")],
-    training: Annotated[str, typer.Option(help='How it was trained: "epochs=30 batch_size=50 lr=0.05".')], options: dict[str, Any],
-    forget: Annotated[str, typer.Option(help="What must go, as in forget.")] = "",
-    task: Annotated[str, typer.Option(help=f"{tasks()}.")] = TASK,
+    options: dict[str, Any], training: Annotated[str, typer.Option(help='How it was trained: "epochs=30 batch_size=50 lr=0.05".')],
+    place: Annotated[str, typer.Argument(metavar="MODEL", help="The model that is to forget: a folder or py:module:factory.")] = "",
+    request: Annotated[str, typer.Argument(metavar="REQUEST", help="What must go, as in forget.")] = "",
+    model: Annotated[str, typer.Option(help="The same as MODEL.")] = "", forget: Annotated[str, typer.Option(help="The same as REQUEST.")] = "",
+    task: Annotated[str, typer.Option(help=TASK_HELP.format(tasks()))] = TASK,
     base: Annotated[str, typer.Option(help="Start from this model in place of newly drawn weights, as for fine-tuned language models.")] = "",
     seeds: Annotated[int, typer.Option(help="How many references.")] = 3,
     out: Annotated[str, typer.Option(help="Folder for retrained-0, retrained-1, ... and their records.")] = "references", as_json: Json = False,
@@ -28,7 +29,7 @@ def retrain(
     from expunge.core.modality import Request
     from expunge.planning.retraining import references
 
-    modality, what, mine = asked(task, options, forget)
+    modality, model, what, mine = asked(task, model, options, forget, [w for w in (place, request) if w])
     if mine.get("weights") == "":
         mine["weights"] = "none"  # references start from newly drawn weights, so that those of the model are not needed
     with bar(as_json) as progress:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import DataError, SettingError, suggest
+from expunge.core.errors import DataError, SettingError, printable, suggest
 from expunge.core.lookup import Registry
 
 
@@ -345,3 +345,25 @@ def named(task: str) -> Modality:
 def holding(model: str) -> Modality:
     """The modality whose models look most like what --model says."""
     return max((m for m in MODALITIES.values() if m.filed), key=lambda m: m.holds(model))
+
+
+def meant(task: str, model: str, folder: Path | None = None) -> Modality:
+    """The modality of a request: that of `task`, or, where none is named, the one of which `model` surely is. A factory (py:module:name, timm:NAME), or no
+    model at all, is of classifiers. Raises SettingError for a task that is none, what is no folder, and a folder that says nothing of its kind."""
+    if task:
+        return named(task)
+    place = Path(folder or "") / model
+    filed = [m for m in MODALITIES.values() if m.filed]
+    if not model or ":" in model:
+        return max(filed, key=lambda m: m.labelled)
+    if not place.is_dir():
+        what = f"{printable(model)} is a file: the network whose weights it holds" if place.is_file() else f"no folder {printable(model)}: a model"
+        raise SettingError(f"{what} is named as py:module:factory (or timm:NAME) with --weights, or as a folder of transformers, PEFT or diffusers")
+    found = [m for m in filed if m.holds(str(place)) == 2]
+    if not found:
+        kinds = ", ".join(m.spelling for m in filed)
+        raise SettingError(
+            f"{printable(place.name)} does not say what kind of model it holds (a model_index.json, a config.json that names its architecture, or an "
+            f"adapter_config.json): name it with --task ({kinds})"
+        )
+    return found[0]

@@ -18,7 +18,7 @@ from expunge.audits.verdict import Trial, blind, checks_for
 from expunge.core.digest import whole
 from expunge.core.errors import ExpungeError, ModelError, SettingError
 from expunge.core.machine.bounds import seed_of
-from expunge.core.modality import Parted, made, of
+from expunge.core.modality import Opened, Parted, made, of
 from expunge.core.registry import METHODS
 from expunge.core.types import Split, Task
 from expunge.engine.run import GRADED, preflight, unsound
@@ -88,7 +88,7 @@ def closeness(model: nn.Module, task: Task, split: Split) -> Callable[[nn.Module
 
 
 def forget(
-    model: nn.Module, task: Task | str, split: Split, *, references: Sequence[Any] = (), methods: Sequence[str] = (),
+    model: nn.Module | Opened, task: Task | str | None = None, split: Split | None = None, *, references: Sequence[Any] = (), methods: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None, require: str = "",
@@ -96,7 +96,7 @@ def forget(
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods, tuned on validation alone, until one patch passes the gate; every try is kept.
 
-    `task` may be a name ("classification") where the modality needs no more than that.
+    `task` may be a name ("classification") where the modality needs no more than that. What `expunge.opened` read stands for model, task, split and references.
 
     Where it chooses the methods itself and there is validation, the cheapest go first (WAVE), and of them only those that do best on validation are audited
     (`search.halved`), in that order. Else each method is searched and audited, in order of cost.
@@ -123,6 +123,10 @@ def forget(
     A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
+    if isinstance(model, Opened):
+        model, task, split, references = model.model, task or model.task, split or model.split, references or model.references
+    if task is None or split is None:
+        raise SettingError("name a task and a split, or give what expunge.opened read")
     task = made(task)
     until = time.perf_counter() + 60 * minutes
     seed_of(seed)
@@ -134,8 +138,6 @@ def forget(
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")
     preflight(model, task, split)
-    sizes = ", ".join(f"{len(part)} {name}" for name, part in split.parts().items())
-    log.info("%s request: %s, %d references, seed %d", task.name, sizes, len(references), seed)
     given = {name: METHODS[name].settings((settings or {}).get(name, {})) for name in {*methods, *(settings or {})}}
     for name in methods:
         METHODS[name].check(task, split, given[name], model)
@@ -144,6 +146,8 @@ def forget(
     wanted = [o for o in order if (o.method in methods if methods else METHODS[o.method].assurance == "approximate")]
     if ready is not None:
         ready()
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in split.parts().items())
+    log.info("%s request: %s, %d references, seed %d", of(task).name, sizes, len(references), seed)
     ours = any(searched(o.method, task, (settings or {}).get(o.method, {})) for o in wanted)
     parted = of(task).search.parts(model, task, split, seed=seed) if ours else Parted(split, split)
     split = parted.audited

@@ -30,7 +30,7 @@ from typing import Any
 from expunge.core.errors import RecipeError, SettingError, suggest
 from expunge.core.files import inside
 from expunge.core.machine.bounds import seed_of
-from expunge.core.modality import MODALITIES, Option, Request, named
+from expunge.core.modality import MODALITIES, Option, Request, meant, named
 from expunge.core.registry import METHODS
 from expunge.core.types import bytes_of
 from expunge.planning import plan, sanity
@@ -93,7 +93,7 @@ def read(path: Path | str) -> Recipe:
             raise RecipeError(f"{key} in {path.name} must be of type {kinds[key]}, not {value!r}")
         values[key] = _typed(f"{key} in {path.name}", key, value)
     try:
-        modality = named(values.get("task", "classification"))
+        modality = meant(values.get("task", ""), values.get("model", ""), path.parent)
     except SettingError as error:
         raise RecipeError(f"{path.name}: {error}") from None
     mine = {o.name: o for o in modality.options if o.recipe}
@@ -105,7 +105,7 @@ def read(path: Path | str) -> Recipe:
     if odd := [m for m, given in values["settings"].items() if not isinstance(given, dict)]:
         raise RecipeError(f"with.{odd[0]} in {path.name} must be a table of settings, not {values['settings'][odd[0]]!r}")
     given = {o.name: values.get(o.name, o.default) for o in modality.options}
-    return Recipe(folder=path.parent.resolve(), options=given, **{k: v for k, v in values.items() if k in common})
+    return Recipe(folder=path.parent.resolve(), options=given, **{k: v for k, v in values.items() if k in common} | {"task": modality.spelling})
 
 
 def _typed(what: str, key: str, value: Any) -> Any:

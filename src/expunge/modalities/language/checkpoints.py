@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from expunge.core.edits import LowRank
-from expunge.core.errors import ModelError, first_line
+from expunge.core.errors import ModelError, first_line, printable
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import quietly
@@ -125,15 +125,33 @@ def _whole(folder: Path) -> None:
         raise ModelError(f"no folder {folder}; name one that save_pretrained wrote")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote")
+    kinds = _kinds(folder)
+    if kinds and not _known().intersection(kinds):
+        raise ModelError(f"{folder.name} holds {printable(kinds[0])}, no causal language model: it would be read as another model than it is")
+
+
+def causal(folder: Path) -> bool:
+    """Whether a folder says that it holds a causal language model, or an adapter of one."""
+    try:
+        if is_adapter(folder):
+            found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            return isinstance(found, dict) and found.get("task_type") in (None, "CAUSAL_LM")
+        return (folder / "config.json").is_file() and bool(_known().intersection(_kinds(folder)))
+    except (OSError, ValueError, RecursionError, ModelError):
+        return False
+
+
+def _known() -> set[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    return {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
+
+
+def _kinds(folder: Path) -> list[str]:
     try:
-        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"cannot read config.json of {folder.name}: {error}") from None
-    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
-    if kinds and not known.intersection(map(str, kinds)):
-        raise ModelError(f"{folder.name} holds {kinds[0]}, no causal language model: it would be read as another model than it is")
+        return [str(k) for k in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"cannot read config.json of {folder.name}: {first_line(error)}") from None
 
 
 def _base(folder: Path, within: Path | None = None) -> Path:

@@ -123,8 +123,8 @@ def sized(request: Request) -> tuple[Task, Split, Any]:
 
 
 def holds(model: str) -> int:
-    """Perhaps, where it is a folder."""
-    return 1 if Path(model).is_dir() else 0
+    """Surely, where its configuration names a causal language model, or it is an adapter of one; perhaps, where it is another folder."""
+    return 2 if checkpoints.causal(Path(model)) else 1 if Path(model).is_dir() else 0
 
 
 def apply(patch: Any, model: str, out: str, key: bytes | None, options: Mapping[str, Any]) -> list[str]:

@@ -47,9 +47,10 @@ def configured(folder: Path | str) -> dict[str, Any]:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read config.json of {folder.name}: {error}") from None
-    kinds = found.get("architectures") or ["nothing that its configuration names"] if isinstance(found, dict) else ["no model"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read config.json of {folder.name}: {first_line(error)}") from None
+    kinds = found.get("architectures") if isinstance(found, dict) else ["no model"]
+    kinds = kinds if isinstance(kinds, list) and kinds else ["nothing that its configuration names"]
     if not any(str(kind).endswith(ENDING) for kind in kinds):
         raise ModelError(f"{folder.name} holds {kinds[0]}, no text classifier: its head would be drawn at random; fine-tune it as one ({ENDING}) first")
     return found
