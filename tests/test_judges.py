@@ -411,7 +411,7 @@ def test_attacks_on_prompts_are_judged_too(folders, loaded):
 )
 def test_options_of_the_command(arguments, message):
     for verb in (["forget"], ["audit", "--after", "a"]):
-        result = CliRunner().invoke(app, [*verb, "--model", "nowhere", *arguments])
+        result = CliRunner().invoke(app, [*verb, "--model", "py:nowhere:f", *arguments])
         assert isinstance(result.exception, ExpungeError) and message in str(result.exception)
 
 

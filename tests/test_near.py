@@ -84,7 +84,7 @@ def test_corrections_from_the_command_line_and_recipes(tmp_path, monkeypatch):
         requests.split(request, "classification").check()
     requests.split(replace(request, options={**request.options, "corrected": True}), "classification").check()
     sys.modules.pop("rows")
-    text = 'model = "m"\ntrain = "t"\nforget = "f"\n'
+    text = 'model = "py:m:f"\ntrain = "t"\nforget = "f"\n'
     for value, wanted in (("true", True), ("false", False)):
         (tmp_path / "r.toml").write_text(f"{text}corrected = {value}\n")
         assert recipe.read(tmp_path / "r.toml").options["corrected"] is wanted

@@ -170,7 +170,7 @@ def test_the_screen_reads_validation_and_never_test(monkeypatch):
 
 @pytest.mark.parametrize(("said", "minutes"), [("minutes = 2.5", 2.5), ("", math.inf)])
 def test_a_recipe_limits_the_time(tmp_path, monkeypatch, said, minutes):
-    (tmp_path / "r.toml").write_text(f'model = "m"\ntrain = "t"\nforget = "class:3"\n{said}\n')
+    (tmp_path / "r.toml").write_text(f'model = "py:m:f"\ntrain = "t"\nforget = "class:3"\n{said}\n')
     heard: list[float] = []
     opened = types.SimpleNamespace(model=torch.nn.Linear(1, 1), task=None, split=types.SimpleNamespace(asked=""), references=[], release=lambda *_: None)
     monkeypatch.setattr(recipe, "named", lambda task: types.SimpleNamespace(open=lambda request: opened))
