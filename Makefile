@@ -8,7 +8,7 @@ DIGEST := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(DIGEST)
 DOCS_STAMP := $(VENV)/.docs-$(DIGEST)
 export OMP_NUM_THREADS ?= 1
-PY := src tests benchmarks docs/build.py docs/house.py
+PY := src tests benchmarks docs/build.py docs/house.py docs/page_one.py
 
 .PHONY: demo demo-llm demo-images test test-slow check format docs docs-write bench wheel clean env
 

@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: docs/methods/*.md, docs/papers.md, docs/checks.md, docs/cli.md and the method table of README.md.
+"""Writes the pages that follow from the code: docs/methods/*.md, docs/papers.md, docs/checks.md, docs/cli.md.
 
 python docs/build.py            write what is stale
 python docs/build.py --check    write nothing; exit 1 and name the stale files
@@ -89,10 +89,10 @@ def method_page(method: Method) -> str:
     return f"{head}\n## Settings\n\n{table}\n\nThe tests run it on small worlds with {toy}.\n\n## Manual\n\n```text\n{method.manual}\n```\n"
 
 
-def method_table(folder: str) -> str:
-    """One row per method; links are relative to `folder`."""
+def method_table() -> str:
+    """One row per method."""
     rows = [
-        f"| [{m.name}]({folder}{m.name}.md) | {cell(summary(m.manual))} | {', '.join(m.tasks)} | {', '.join(m.needs)} | {m.assurance} | {standing(m)} |"
+        f"| [{m.name}]({m.name}.md) | {cell(summary(m.manual))} | {', '.join(m.tasks)} | {', '.join(m.needs)} | {m.assurance} | {standing(m)} |"
         for m in METHODS.values()
     ]
     return "\n".join(["| method | what it does | tasks | needs | assurance | standing |", "|---|---|---|---|---|---|", *rows])
@@ -191,23 +191,14 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
-def between(text: str, marker: str, body: str) -> str:
-    """`text` with what stands between <!-- marker --> and <!-- /marker --> replaced."""
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"README.md must hold {start} and {end} once each")
-    return text[: text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(end) :]
-
-
 def pages() -> dict[Path, str]:
     """Every generated file and what it must hold."""
     out = {DOCS / "methods" / f"{m.name}.md": method_page(m) for m in METHODS.values()}
-    out[DOCS / "methods" / "index.md"] = f"# Methods\n\n{NOTE}{method_table('')}\n"
+    out[DOCS / "methods" / "index.md"] = f"# Methods\n\n{NOTE}{method_table()}\n"
     out[DOCS / "papers.md"] = papers_page()
     out[DOCS / "checks.md"] = checks_page()
     out[DOCS / "cli.md"] = cli_page()
     out[DOCS / "architecture.svg"] = house.picture()
-    out[ROOT / "README.md"] = between((ROOT / "README.md").read_text(), "methods", method_table("docs/methods/"))
     return out
 
 

@@ -60,9 +60,3 @@ def test_commands_are_read_from_boxed_and_plain_help():
     boxed += "╭─ Commands ────╮\n│ demo   Runs.  │\n│ bench  Table. │\n│        more   │\n╰───────────────╯\n"
     assert build.commands(boxed) == ["demo", "bench"]
     assert build.commands("Usage: x\n\nOptions:\n  --help  Show.\n\nCommands:\n  demo   Runs.\n  bench  Table.\n") == ["demo", "bench"]
-
-
-def test_text_between_markers_is_replaced():
-    assert build.between("a\n<!-- m -->\nold\n<!-- /m -->\nb", "m", "new") == "a\n<!-- m -->\nnew\n<!-- /m -->\nb"
-    with pytest.raises(SystemExit, match="once each"):
-        build.between("a", "m", "new")

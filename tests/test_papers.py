@@ -35,19 +35,18 @@ KINDS = {"audit": "audits", "data": "data", "guarantee": "guarantees"}
 
 
 def tables() -> dict[tuple[str, str], dict[str, str]]:
-    """(world, method) -> column -> cell, of the tables in docs/benchmarks.md and README.md."""
+    """(world, method) -> column -> cell, of the tables in docs/benchmarks.md."""
     out: dict[tuple[str, str], dict[str, str]] = {}
-    for page in ("docs/benchmarks.md", "README.md"):
-        world, head = "", []
-        for line in (ROOT / page).read_text().splitlines():
-            if found := re.match(r"#+ (.*)|\*\*([^*]+)\*\*", line):
-                title, bold = found.groups()
-                world, head = bold.rstrip(".") if bold else title.split(": ")[0 if " seed(s)" in title else -1], []
-            cells = [c.strip() for c in line.strip("|").split("|")] if line.startswith("|") else [""]
-            if cells[0] == "method":
-                head = cells
-            elif len(cells) == len(head) and cells[0].strip("-"):
-                out[world, cells[0]] = dict(zip(head, cells, strict=True))
+    world, head = "", []
+    for line in (ROOT / "docs/benchmarks.md").read_text().splitlines():
+        if found := re.match(r"#+ (.*)|\*\*([^*]+)\*\*", line):
+            title, bold = found.groups()
+            world, head = bold.rstrip(".") if bold else title.split(": ")[0 if " seed(s)" in title else -1], []
+        cells = [c.strip() for c in line.strip("|").split("|")] if line.startswith("|") else [""]
+        if cells[0] == "method":
+            head = cells
+        elif len(cells) == len(head) and cells[0].strip("-"):
+            out[world, cells[0]] = dict(zip(head, cells, strict=True))
     return out
 
 

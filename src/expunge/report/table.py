@@ -9,7 +9,7 @@ import json
 import math
 import numbers
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,36 +243,44 @@ def identified(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow"}
 
 
-def show(document: Mapping[str, Any], width: int = 200) -> Any:
-    """For a terminal of that width: a `rich` group of page one (verdict, what to beware of, losses, weakest link, levels, what is not known), the table, why
-    tries did not pass, notes, and the named checks (what passed only as a count)."""
+def first(document: Mapping[str, Any], width: int = 200) -> Any:
+    """Page one for a terminal of that width, a `rich` group: verdict, what to beware of, losses, weakest link, levels, near copies, what is not known."""
     from rich.console import Group
-    from rich.padding import Padding
     from rich.text import Text
 
     good, grade = passed(document), graded(document)
     head = Text("PASS" if good else "NOT PASSED", style="bold green" if good else "bold red")
     if grade:
         head.append(f"  {grade.upper()}: {GRADES[grade]}", style="bold" if good else "bold yellow" if grade != "refuted" else "bold red")
-    verdict = mapping(document.get("verdict"))
-    more = [f"would change that: {m}" for m in texts(verdict.get("more")) if not good]
-
-    def indented(said: Sequence[str], style: str = "") -> list[Any]:
-        return [Padding(Text(text, style=style), (0, 0, 0, 2)) for text in said]
-
-    first = [
-        Text(plain(document.get("title")), style="bold"), head, *indented(glance.warnings(document), "bold red"),
+    return Group(
+        Text(plain(document.get("title")), style="bold"), head, *_indented(glance.warnings(document), "bold red"),
         *layout.bars(glance.losses(document), width, glance.about(document)),
-        *indented(filter(None, [glance.weakest(document)])), *indented(glance.levels(document)), *indented(filter(None, [near(document)])),
-        *indented(glance.unknown(document)), Text(""),
-    ]  # fmt: skip
-    why = glance.reasons(document)
-    rest = [terminal(document, width), *indented([*why, *more, *glance.notes(document)])]
+        *_indented(filter(None, [glance.weakest(document)])), *_indented(glance.levels(document)), *_indented(filter(None, [near(document)])),
+        *_indented(glance.unknown(document)),
+    )  # fmt: skip
+
+
+def _indented(said: Iterable[str], style: str = "") -> list[Any]:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    return [Padding(Text(text, style=style), (0, 0, 0, 2)) for text in said]
+
+
+def show(document: Mapping[str, Any], width: int = 200) -> Any:
+    """For a terminal of that width: a `rich` group of page one (`first`), the table, why tries did not pass, notes, and the named checks (what passed only as
+    a count)."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    more = [f"would change that: {m}" for m in texts(mapping(document.get("verdict")).get("more")) if not passed(document)]
+    rest = [terminal(document, width), *_indented([*glance.reasons(document), *more, *glance.notes(document)])]
     for state, text, row in sections(document):
         if not row or state != "PASS":
             mark = Text(f"{state:8}", style=COLOURS.get(state, ""))
             rest.append(Padding(mark.append(text, style="default" if row else "bold default"), (0, 0, 0, 4 if row else 2)))
-    return Group(*first, *rest, *indented(filter(None, [glance.absent(document)])))
+    return Group(first(document, width), Text(""), *rest, *_indented(filter(None, [glance.absent(document)])))
 
 
 def strict(value: Any) -> Any:
