@@ -175,6 +175,19 @@ def test_batches_bring_like_lengths_together_and_draw_every_text_once():
     assert isinstance(Batches(task.collate, data, 8)[0]["x"], torch.Tensor)
 
 
+def test_generate_ends_where_the_context_ends():
+    """Models with learned positions have no more than they were made with: asked for more, torch ends in an IndexError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, eos_token_id=None)).eval()
+    prompts = [torch.arange(n) + 3 for n in (4, 12, 16, 14, 5)]
+    answers = generate(model, prompts, new=6, eos=-1)
+    assert [len(a) for a in answers] == [6, 4, 0, 2, 6]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert torch.equal(answer, generate(model, [prompt], new=6, eos=-1)[0])
+
+
 def test_generate_is_greedy_and_the_same_in_any_company():
     model, _, split = small("causal_lm")
     prompts = [split.retain.format.prompt(r) for r in split.retain.rows[:5]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,20 +48,35 @@ def released(source: Source | None, patch: Patch | None, folder: Path | str, mar
     mark   (file name, text) put into the folder, of what may not be used
     Raises ModelError for a guard, which is no weight, a folder that is there, one that cannot be written, and one that loaded back is not the edited model.
     """
-    twin, folder = edited(source, patch), Path(folder)
+    twin = edited(source, patch)
     assert source is not None and patch is not None
     if any(isinstance(e, Hook) for e in patch.edits):
-        raise ModelError("this patch is an inference-time guard and changes no weight: there is nothing to write; keep the patch, and serve the model with it")
+        raise ModelError(GUARD)
+    with renamed(folder, mark) as made:
+        made.mkdir(parents=True)
+        found = likeness(twin, _written(twin, source, made), source.task, source.split, before=source.model)
+        if not found.same:
+            raise ModelError(f"the folder is not the edited model: loaded back, {found.why}")
+    return Path(folder)
+
+
+GUARD = "this patch is an inference-time guard and changes no weight: there is nothing to write; keep the patch, and serve the model with it"
+
+
+@contextmanager
+def renamed(folder: Path | str, mark: tuple[str, str] | None = None) -> Iterator[Path]:
+    """A place beside the folder, which what was written there is renamed to when all went well; else it is taken away.
+
+    mark   (file name, text) put into it
+    Raises ModelError where the folder holds something already, or cannot be written.
+    """
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder.name} is there already: name a folder that is not")
     made = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(made, ignore_errors=True)
     try:
-        made.mkdir(parents=True)
-        loaded = _written(twin, source, made)
-        found = likeness(twin, loaded, source.task, source.split, before=source.model)
-        if not found.same:
-            raise ModelError(f"the folder is not the edited model: loaded back, {found.why}")
+        yield made
         if mark is not None:
             write(made / mark[0], mark[1], ModelError)
         if folder.exists():
@@ -69,7 +86,6 @@ def released(source: Source | None, patch: Patch | None, folder: Path | str, mar
         raise ModelError(f"cannot write {folder.name}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return folder
 
 
 def _written(twin: Any, source: Source, folder: Path) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,8 @@ class Verdict:
     notes: tuple[str, ...] = ()
     refused: tuple[Refusal, ...] = ()
     """References that were not believed."""
+    writer: Callable[[Verdict, Path | str, tuple[str, str] | None], Path] | None = None
+    """(verdict, folder, mark) -> the released folder, where the model was read from files (`planning.releasing.written`)."""
 
     @property
     def given(self) -> bool:
@@ -141,7 +143,8 @@ class Verdict:
         return edited(self._source, None if one is None else one.attempt.patch)
 
     def release(self, folder: Path | str, *, anyway: bool = False) -> Path:
-        """Write the edited model to a new folder that its own library loads, and return it (`engine.results.released`).
+        """Write the edited model to a new folder that its own library loads, and return it: of a model that `expunge.opened` read as a run releases it
+        (`planning.releasing.written`), of one in memory as `engine.results.released` does.
 
         anyway   also where nothing passed: the best try, with a note in the folder that it did not
         Raises GateError where nothing passed, ModelError where there is nothing to write or the folder cannot be written.
@@ -150,7 +153,8 @@ class Verdict:
             raise GateError(
                 f"nothing passed, so nothing is released ({'; '.join(self.reasons) or 'no try'}); release(folder, anyway=True) writes the best try, marked"
             )
-        return released(self._source, self.patch, folder, None if self.passed else (NOTE, self._note))
+        mark = None if self.passed else (NOTE, self._note)
+        return released(self._source, self.patch, folder, mark) if self.writer is None else self.writer(self, folder, mark)
 
     @property
     def _source(self) -> Source:

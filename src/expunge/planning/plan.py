@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from expunge.engine.run import GRADED, preflight, unsound
 from expunge.planning import advice
 from expunge.planning.outcome import Try, Verdict, baselines, examined, families, first, patched, regraded, remarks, required, trusted
 from expunge.planning.plants import Recipe, controls, dealt, pause
+from expunge.planning.releasing import written
 from expunge.planning.search import Course, best_of, bracketed, broke, changed, fronted, halved, searched, worth
 
 log = logging.getLogger(__name__)
@@ -123,7 +125,9 @@ def forget(
     A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
     """
+    writer = None
     if isinstance(model, Opened):
+        writer = partial(written, model)
         model, task, split, references = model.model, task or model.task, split or model.split, references or model.references
     if task is None or split is None:
         raise SettingError("name a task and a split, or give what expunge.opened read")
@@ -205,7 +209,7 @@ def forget(
     if nothing and stop and not methods:
         notes += ("No check of forgetting is usable here, so no method could pass: only the cheapest was run. Retrained references make checks usable.",)
     log.info("verdict: %s after %d tries", f"{best.attempt.method} passed" if best else "nothing passed", len(tries))
-    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes, tuple(refused))
+    return Verdict(best is not None, reasons, best, tuple(tries), rules, trials, p, baselines(p, rules, checks, slow=slow), notes, tuple(refused), writer)
 
 
 def screened(p: Probe, trials: Sequence[Trial]) -> Callable[[nn.Module], float]:

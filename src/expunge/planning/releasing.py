@@ -10,6 +10,7 @@ from typing import Any
 from expunge.core.errors import ModelError
 from expunge.core.modality import Opened
 from expunge.engine.likeness import likeness
+from expunge.engine.results import GUARD, renamed
 from expunge.planning.folders import fresh
 from expunge.planning.outcome import Verdict, patched
 
@@ -41,6 +42,19 @@ def released(opened: Opened, verdict: Verdict, folder: Path) -> tuple[Verdict, d
             reasons.append(f"the folder written as {form} is not the model that was audited: loaded back, {found.why}")
         shutil.rmtree(folder, ignore_errors=True)
     return withdrawn(verdict, reasons), {"told": "; ".join(reasons)}
+
+
+def written(opened: Opened, verdict: Verdict, folder: Path | str, mark: tuple[str, str] | None) -> Path:
+    """The folder of the try that is shown, as a run releases it: with all that stands in the given folder beside the weights, loaded back and compared.
+
+    mark   (file name, text) put into it, of what may not be used
+    Raises ModelError where there is nothing to write, where no form is what was audited, or where the folder cannot be written.
+    """
+    with renamed(folder, mark) as made:
+        _, facts = released(opened, replace(verdict, chosen=verdict.shown), made)
+        if "form" not in facts:
+            raise ModelError(facts.get("told") or (GUARD if verdict.patch is not None else "this run left no patch: there is no edited model"))
+    return Path(folder)
 
 
 def withdrawn(verdict: Verdict, reasons: list[str]) -> Verdict:

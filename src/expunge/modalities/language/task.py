@@ -127,7 +127,8 @@ def generate(
     model: nn.Module, prompts: Sequence[Tensor], *, new: int = 64, eos: int | Sequence[int] | None = None, temperature: float = 0.0,
     generator: torch.Generator | None = None, size: int = 32,
 ) -> list[Tensor]:  # fmt: skip
-    """At most `new` tokens after each prompt, without prompt and end token. Greedy at temperature 0, else sampled with `generator`.
+    """At most `new` tokens after each prompt, and no more than the model's context holds, without prompt and end token. Greedy at temperature 0, else sampled
+    with `generator`.
 
     Runs the model's own `generate` on prompts of like length, padded on the left. Raises ModelError for a model that has none.
     """
@@ -137,22 +138,36 @@ def generate(
     ends = eos if eos is not None else getattr(config, "eos_token_id", None)
     stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
     found: dict[int, Tensor] = {}
-    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": new, "pad_token_id": next(iter(stops), 0), "eos_token_id": sorted(stops) or None}
+    context = getattr(config, "max_position_embeddings", None)
+    options: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": next(iter(stops), 0), "eos_token_id": sorted(stops) or None}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     device = device_of(model)
-    for rows in buckets([len(p) for p in prompts], size):
-        width = max(len(prompts[k]) for k in rows.tolist())
+    room = [new if context is None else max(0, min(new, context - len(p))) for p in prompts]
+    for rows in _alike(prompts, room, size):
+        width, least = max(len(prompts[k]) for k in rows.tolist()), room[int(rows[0])]
+        if least == 0:
+            found |= {k: prompts[k][:0] for k in rows.tolist()}
+            continue
         x, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
         for r, k in enumerate(rows.tolist()):
             x[r, width - len(prompts[k]) :] = prompts[k]
             mask[r, width - len(prompts[k]) :] = 1
         with quiet(model), reseeded(int(torch.randint(2**31, (1,), generator=generator)) if temperature > 0 else None):
-            out = model.generate(input_ids=x.to(device), attention_mask=mask.to(device), **options)[:, width:].cpu()  # pyright: ignore
+            out = model.generate(input_ids=x.to(device), attention_mask=mask.to(device), max_new_tokens=least, **options)[:, width:].cpu()  # pyright: ignore
         for r, k in enumerate(rows.tolist()):
             cut = [t for t, token in enumerate(out[r].tolist()) if token in stops]
             found[k] = out[r, : cut[0]] if cut else out[r]
     return [found[k] for k in range(len(prompts))]
+
+
+def _alike(prompts: Sequence[Tensor], room: Sequence[int], size: int) -> list[Tensor]:
+    """Batches of prompts that have the same number of tokens left, like lengths together: what one is given never depends on the others."""
+    found = []
+    for left in sorted({*room}):
+        index = torch.tensor([k for k, of in enumerate(room) if of == left])
+        found += [index[rows] for rows in buckets([len(prompts[k]) for k in index.tolist()], size)]
+    return found
 
 
 def sample(
