@@ -42,7 +42,7 @@ def read(kind: str, path: Path, options: Mapping[str, str], labelled: bool, know
         raise DataError(f"{printable(path.name)} is no file")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-    table = _csv(path) if kind == "csv" else _parquet(path)
+    table = _csv(path) if kind == "csv" else unpacked_parquet(path)
     try:
         names = table.column_names
     except UnicodeDecodeError:
@@ -92,7 +92,8 @@ def _unpacked(path: Path) -> bytes:
     return out.getvalue()
 
 
-def _parquet(path: Path) -> Any:
+def unpacked_parquet(path: Path) -> Any:
+    """The Arrow table of a Parquet file. Raises DataError for one that cannot be read, or says that it holds more than MAX_BYTES."""
     import pyarrow as pa
     from pyarrow import parquet
 

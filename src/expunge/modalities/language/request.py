@@ -17,9 +17,9 @@ from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
 from expunge.modalities.files.requests import share
 from expunge.modalities.language import checkpoints
+from expunge.modalities.language.benchmarks import table
 from expunge.modalities.language.records import readers
 from expunge.modalities.language.records.format import CUT, Format, split, windows
-from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
 from expunge.parts.provenance import referred
@@ -33,7 +33,7 @@ def prepare(
 ) -> tuple[nn.Module, Any, Task, Split]:  # fmt: skip
     """(model, tokenizer, task, split).
 
-    files        part -> JSONL file of question and answer, or text; forget must be there
+    files        part -> JSONL file of question and answer, or text, or NAME:DIR/PART of a published benchmark (`benchmarks.table`); forget must be there
     template     auto takes the tokenizer's chat template if it has one, plain otherwise; see `modalities.language.records.format.Format` for the others
     max_length   in tokens; 0 takes the model's context, at most 512. Longer raw texts are cut into windows of that length
     validation   share of test that tuning may read, when no validation file is named
@@ -54,15 +54,30 @@ def _prepared(
     if template == "auto":
         template = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
     form = Format(tokenizer, template, mask, max_length or min(context, 512))
-    read = {part: readers.read(path) for part, path in files.items() if path}
-    lines = (f"{part}: {len(rows)} record{'s' if len(rows) > 1 else ''} of {Path(files[part]).name}, read as {how}" for part, (rows, how) in read.items())
+    read = {part: rows_of(path, part, within) for part, path in files.items() if path}
+    lines = (
+        f"{part}: {len(rows)} record{'s' if len(rows) > 1 else ''} of {table.called(str(files[part])) or Path(files[part]).name}, read as {how}"
+        for part, (rows, how) in read.items()
+    )
     found = split(form, **{part: pieces(rows, form) for part, (rows, _) in read.items()})
     if found.test is not None and found.validation is None and validation > 0:
         order = torch.randperm(len(found.test), generator=torch.Generator().manual_seed(0))
         cut = int(validation * len(order))
         found = replace(found, test=found.test.take(order[cut:].sort().values), validation=found.test.take(order[:cut].sort().values) if cut else None)
-    name = Path(files["forget"]).name
+    name = table.called(str(files["forget"])) or Path(files["forget"]).name
     return model, tokenizer, causal_lm(tokenizer), replace(found, asked=f"{len(found.forget)} records of {name}"), tuple(lines)
+
+
+def rows_of(path: Path | str, part: str, within: Path | None = None) -> tuple[list[dict[str, Any]], str]:
+    """(records, how they were read in words) of a file, or of a part of a published benchmark: tofu:DIR/forget10."""
+    spec = str(path)
+    return readers.read(path) if table.split(spec) is None else table.read(spec, option=part, within=within)
+
+
+def _path(request: Request, name: str) -> str:
+    """Where a file is, or the folder of a benchmark. Raises DataError for one that leaves a folder that it may not leave."""
+    found = table.split(name)
+    return str(request.path(name)) if found is None else f"{found[0]}:{request.path(found[1])}"
 
 
 def pieces(rows: list[dict[str, Any]], form: Format) -> list[dict[str, Any]]:
@@ -87,7 +102,7 @@ def read(request: Request) -> Opened:
     files = {"forget": request.what, **{n: given[n] for n in PARTS[1:]}, **({"validation": ""} if given["validation"].startswith("share:") else {})}
     within, dtype = request.folder if request.inside else None, given["dtype"]
     model, tokenizer, task, found, lines = _prepared(
-        request.path(request.model), {n: str(request.path(f)) for n, f in files.items() if f}, given["template"], given["mask"], given["max_length"], dtype,
+        request.path(request.model), {n: _path(request, f) for n, f in files.items() if f}, given["template"], given["mask"], given["max_length"], dtype,
         part, within,
     )  # fmt: skip
     references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
@@ -116,7 +131,7 @@ def sized(request: Request) -> tuple[Task, Split, Any]:
     found: dict[str, Any] = {}
     for part, path in {"forget": request.what, **{n: request.options[n] for n in PARTS[1:]}}.items():
         if path and not path.startswith("share:"):
-            rows = read_jsonl(path)
+            rows = rows_of(path, part)[0]
             tokens = tuple(torch.tensor(list(str(row).encode())) for row in rows)
             found[part] = Texts(tokens, tuple(torch.ones(len(t), dtype=torch.bool) for t in tokens), torch.arange(len(rows)), tuple(rows))
     return causal_lm(), Split(**found), checkpoints.skeleton(request.model) if request.model else None

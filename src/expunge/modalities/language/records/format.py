@@ -70,10 +70,12 @@ class Format:
         return (PLAIN if self.template == "plain" else self.template).replace("{question}", str(row["question"]))
 
     def prompt(self, row: Mapping[str, Any]) -> Tensor:
-        """(T,) tokens of the prompt alone, for generation; for a text without question its first half."""
+        """(T,) tokens of the prompt alone, for generation; for a text its `prefix`, if it begins with that and goes on, else its first half."""
         if "question" not in row:
-            tokens, _ = self.encode(row)
-            return tokens[: max(1, len(tokens) // 2)]
+            tokens, before = self.encode(row)[0], str(row.get("prefix") or "")
+            ends = [b for _, b in self._cut([str(row["text"])])[0][1]] if before and str(row["text"]).startswith(before) else []
+            own = sum(b <= len(before) for b in ends)
+            return tokens[: own if 0 < own < min(len(tokens), len(ends)) else max(1, len(tokens) // 2)]
         found = self.tokenizer(self.prompt_text(row), add_special_tokens=self.template != "chat")["input_ids"]
         return torch.tensor(found[:-1] if found and self._ends(found[-1]) and len(found) > 1 else found, dtype=torch.long)
 

@@ -23,6 +23,7 @@ from torch import nn
 from expunge.core.errors import DataError
 from expunge.core.types import Split, concat
 from expunge.modalities.language import checkpoints
+from expunge.modalities.language.records.artefact import content
 from expunge.modalities.language.records.format import Format
 from expunge.modalities.language.records.readers import read_jsonl
 from expunge.modalities.language.task import causal_lm
@@ -38,8 +39,20 @@ TWINS = 10
 
 def refused(form: Format, data: Texts, refusals: list[str], seed: int = 0) -> Texts:
     """The same questions, each answered by one of the refusals, drawn by seed."""
-    drawn = torch.randint(len(refusals), (len(data),), generator=torch.Generator().manual_seed(seed)).tolist()
-    return form.answered(data, [refusals[k] for k in drawn])
+    return form.answered(data, drawn(refusals, len(data), seed))
+
+
+def drawn(refusals: list[str], n: int, seed: int = 0) -> list[str]:
+    """n of the refusals, drawn by seed, with repeats."""
+    return [refusals[k] for k in torch.randint(len(refusals), (n,), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+def refusals(folder: Path) -> tuple[list[str], str]:
+    """(ways to say that one does not know, where they are from in words): the lines of TOFU's idontknow.jsonl or .txt, else generated ones."""
+    for name in ("idontknow.jsonl", "idontknow.txt"):
+        if (folder / name).is_file():
+            return [line.strip() for line in content(folder / name).split("\n") if line.strip()], f"refusals of {name}"
+    return authors.refusals(), "generated refusals"
 
 
 def build(name: str, parts: dict[str, Rows], refusals: list[str], recipe: dict[str, Any], shape: dict[str, Any], vocabulary: int, unseen: Rows = ()) -> World:
@@ -84,9 +97,8 @@ def tofu(name: str) -> World:
     retain, late = tagged(folder, "retain"), tagged(folder, "forget10")
     parts = {"forget": late[-40:], "retain": retain[:360], "holdout": late[:80], "validation": late[80:120]}
     parts["general"] = [*tagged(folder, "real_authors"), *tagged(folder, "world_facts")]
-    refusals = (folder / "idontknow.txt").read_text(encoding="utf-8").splitlines()
     recipe = {"epochs": 26, "batch_size": 16, "lr": 3e-3, "optimizer": "adamw", "schedule": "cosine", "warmup": 0.1, "clip": 1.0}
-    return build(name, parts, refusals, recipe, {"width": 128, "layers": 4, "context": 256}, 2000)
+    return build(name, parts, refusals(folder)[0], recipe, {"width": 128, "layers": 4, "context": 256}, 2000)
 
 
 def checkpoint() -> World:
@@ -107,12 +119,11 @@ def checkpoint() -> World:
     rows = [*first, *({**row, "set": "retain"} for row in read_jsonl(folder / "full.json")[len(first) : -len(late)]), *late]
     known = [*tagged(folder, "real_authors"), *tagged(folder, "world_facts")]
     whole, general = form.texts(rows), form.texts(known, len(rows) + torch.arange(len(known)))
-    refusals = (folder / "idontknow.txt").read_text(encoding="utf-8").splitlines()
     asked, labels = {}, {"original": functools.partial(_loaded, original)}
     for scenario, share in (("forget01", 0.01), ("forget05", 0.05), ("forget10", 0.1)):
         cut = len(rows) - round(share * len(rows))
         forget = whole.take(range(cut, len(rows)))
-        asked[scenario] = Split(forget, whole.take(range(cut)), anchor=refused(form, forget, refusals), general=general, asked=f"{scenario} of TOFU")
+        asked[scenario] = Split(forget, whole.take(range(cut)), anchor=refused(form, forget, refusals(folder)[0]), general=general, asked=f"{scenario} of TOFU")
         labels |= {f"retrained-{scenario}-{k}": functools.partial(_loaded, path) for k, path in enumerate(gold)}
     return World("tofu", causal_lm(tokenizer), lambda: model, whole, None, None, {"epochs": 5}, asked=asked, given=labels)
 

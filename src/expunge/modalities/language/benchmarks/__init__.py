@@ -1,0 +1,1 @@
+"""Published unlearning benchmarks, read by name from folders as their authors ship them."""
