@@ -313,8 +313,11 @@ def test_a_file_that_is_not_what_it_should_be_is_one_line(tmp_path, name, conten
 
 
 def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no benchmark 'notes'"):
+        table.split("notes:mine.jsonl", tmp_path)
     put(tmp_path / "notes:mine.jsonl", Q)
+    assert table.split("notes:mine.jsonl", tmp_path) is None
+    monkeypatch.chdir(tmp_path)
     assert table.split("notes:mine.jsonl") is None and len(request.rows_of("notes:mine.jsonl", "forget")[0]) == 6
 
 
@@ -382,9 +385,15 @@ def test_a_benchmark_of_a_recipe_stays_in_its_folder(home):
     base = {"model": "model", "retain": "tofu:tofu/retain90"}
     with pytest.raises(DataError, match="leaves the folder"):
         recipe.run(recipe.read(written(home, forget="tofu:../away/forget10", **base)))
-    (home / "linked").mkdir(exist_ok=True)
-    if not (home / "linked" / "forget10.json").exists():
-        (home / "linked" / "forget10.json").symlink_to(home.parent / "away" / "forget10.json")
+    (home / "linked").mkdir()
+    (home / "linked" / "forget10.json").symlink_to(home.parent / "away" / "forget10.json")
     with pytest.raises(DataError, match=r"forget10\.json of linked leaves the folder"):
         recipe.run(recipe.read(written(home, forget="tofu:linked/forget10", **base)))
     assert len(table.read(f"tofu:{home}/linked/forget10")[0]) > 0
+    (home / "linked" / "forget05.json").write_text((home / "tofu" / "forget10.json").read_text())
+    assert len(table.read(f"tofu:{home}/linked/forget05_idk", within=home)[0]) > 0
+    (home / "linked" / "idontknow.txt").symlink_to(home.parent / "away" / "forget10.json")
+    with pytest.raises(DataError, match=r"idontknow\.txt of linked leaves the folder"):
+        table.read(f"tofu:{home}/linked/forget05_idk", within=home)
+    with pytest.raises(DataError, match=r"away' leaves the folder"):
+        table.read(f"tofu:{home.parent}/away/forget10", within=home)

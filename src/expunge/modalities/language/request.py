@@ -76,7 +76,7 @@ def rows_of(path: Path | str, part: str, within: Path | None = None) -> tuple[li
 
 def _path(request: Request, name: str) -> str:
     """Where a file is, or the folder of a benchmark. Raises DataError for one that leaves a folder that it may not leave."""
-    found = table.split(name)
+    found = table.split(name, request.folder)
     return str(request.path(name)) if found is None else f"{found[0]}:{request.path(found[1])}"
 
 

@@ -30,10 +30,11 @@ DEEPEST = 2
 """Most names of which that of a part is made."""
 
 
-def split(spec: str) -> tuple[str, str] | None:
-    """(benchmark, rest) of NAME:REST; None for what is the path of a file. Raises DataError for a name that is no benchmark's, where no such file is."""
+def split(spec: str, folder: Path | str = "") -> tuple[str, str] | None:
+    """(benchmark, rest) of NAME:REST; None for what is the path of a file, relative to `folder`. Raises DataError for a name that is no benchmark's, where no
+    such file is."""
     name, colon, rest = spec.partition(":")
-    if not colon or not re.fullmatch(r"[A-Za-z][\w-]+", name) or Path(spec).is_file():
+    if not colon or not re.fullmatch(r"[A-Za-z][\w-]+", name) or Path(folder, spec).is_file():
         return None
     if name not in BENCHMARKS:
         raise DataError(suggest("no benchmark", name, BENCHMARKS))

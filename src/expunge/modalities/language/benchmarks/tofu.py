@@ -16,7 +16,7 @@ from expunge.core.errors import DataError
 from expunge.modalities.language.benchmarks.files import Folder, asked, values, wrong
 from expunge.modalities.language.benchmarks.parts import Benchmark, Part, Rows, listed, named
 from expunge.modalities.language.texts import GENERAL
-from expunge.modalities.language.worlds.build import drawn, refusals
+from expunge.modalities.language.worlds.build import REFUSALS, drawn, refusals
 
 WHOLE = 4000
 """Records of full.json: 20 of each of 200 authors."""
@@ -52,6 +52,8 @@ def read(folder: Folder, name: str, part: Part) -> tuple[Rows, str]:
     """(records, which files they come from); those of general knowledge have its name as their `set`."""
     if part.kind == "anchor":
         rows, told = read(folder, name.removesuffix("_idk"), PARTS[name.removesuffix("_idk")])
+        for file in REFUSALS:
+            folder.found(file)  # refuses one that leads out of the folder
         said, source = refusals(folder.path)
         answers = drawn(said, len(rows), SEEDED)
         return [{"question": row["question"], "answer": answer} for row, answer in zip(rows, answers, strict=True)], f"questions of {told}, {source}"

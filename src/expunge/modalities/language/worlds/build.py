@@ -37,6 +37,10 @@ TWINS = 10
 """Twins of planted controls that a generated world has plants for."""
 
 
+REFUSALS = ("idontknow.jsonl", "idontknow.txt")
+"""Files of refusals, one a line, as TOFU's authors call them, and as they are passed on."""
+
+
 def refused(form: Format, data: Texts, refusals: list[str], seed: int = 0) -> Texts:
     """The same questions, each answered by one of the refusals, drawn by seed."""
     return form.answered(data, drawn(refusals, len(data), seed))
@@ -49,7 +53,7 @@ def drawn(refusals: list[str], n: int, seed: int = 0) -> list[str]:
 
 def refusals(folder: Path) -> tuple[list[str], str]:
     """(ways to say that one does not know, where they are from in words): the lines of TOFU's idontknow.jsonl or .txt, else generated ones."""
-    for name in ("idontknow.jsonl", "idontknow.txt"):
+    for name in REFUSALS:
         if (folder / name).is_file():
             return [line.strip() for line in content(folder / name).split("\n") if line.strip()], f"refusals of {name}"
     return authors.refusals(), "generated refusals"
