@@ -467,7 +467,7 @@ def test_bad_input_is_one_line_and_writes_nothing(world, words, message):
     before = contents(world.home)
     code, out, err = call(world.home, *words)
     assert contents(world.home) == before
-    assert code == 2 and all(", read as " in line or line.startswith("The model as it is fed: ") for line in out.splitlines())
+    assert code == 2 and all(", read as " in line or line.startswith(("The model as it is fed: ", "format: ")) for line in out.splitlines())
     assert len(err.strip().splitlines()) == 1 and err.strip().startswith("expunge: ")
     assert message in err
 

@@ -81,7 +81,7 @@ def test_model_and_request_as_words_or_as_options(tmp_path):
         (("", llama, {}, "", []), "what must go is missing"),
         (("", llama, {}, "a", ["b"]), "cannot read 'b'"),
         (("", "", {}, "", [llama, "a", "b"]), "cannot read 'b'"),
-        (("", llama, {"train": "csv:x"}, "a", []), "--train is not for language models"),
+        (("", llama, {"classes": "x"}, "a", []), "--classes is not for language models"),
     ):
         with pytest.raises(SettingError, match=message):
             options.asked(*wrong)
@@ -95,7 +95,7 @@ def test_help_is_short_without_a_model_and_that_of_its_kind_with_one(tmp_path):
     for words in (("llama", "--help"), ("--model", "llama", "--help"), ("--task=causal-lm", "--help")):
         _, text, _ = call(tmp_path, "forget", *words)
         assert "--retain <str>" in text and "--template" in text and "options for language models" in text
-        assert "--train <" not in text and "--concept <" not in text and "Classifiers:" not in text
+        assert "--classes <" not in text and "--concept <" not in text and "Classifiers:" not in text
     _, pictures, _ = call(tmp_path, "audit", "--task", "classification", "--help")
     assert "--train <" in pictures and "--concept <" not in pictures
 

@@ -111,8 +111,8 @@ def test_jsonl_errors_name_the_line(tmp_path, content, message):
 
 
 def test_jsonl_reads_other_names_and_lists(tmp_path):
-    (tmp_path / "f.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"text": "c d"}\n')
-    assert readers.read_jsonl(tmp_path / "f.jsonl") == [{"question": "a", "answer": "b"}, {"text": "c d"}]
+    (tmp_path / "f.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "d"}\n')
+    assert readers.read_jsonl(tmp_path / "f.jsonl") == [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
     (tmp_path / "f.json").write_text(json.dumps([{"text": "who", "labels": "me"}]))
     assert readers.read_jsonl(tmp_path / "f.json") == [{"question": "who", "answer": "me"}]
 

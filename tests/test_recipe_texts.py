@@ -97,7 +97,7 @@ def test_references_are_folders_and_all_parts_are_read(made):
     [
         ({"model": None}, RecipeError, "r.toml lacks model"),
         ({"forget": None}, RecipeError, "r.toml lacks forget"),
-        ({"train": "csv:a.csv"}, RecipeError, "train in r.toml is not for task causal-lm"),
+        ({"classes": "a,b"}, RecipeError, "classes in r.toml is not for task causal-lm"),
         ({"weights": "w.safetensors"}, RecipeError, "weights in r.toml is not for task causal-lm"),
         ({"task": "causallm"}, RecipeError, "r.toml: no task 'causallm'; did you mean 'causal-lm'"),
         (

@@ -196,23 +196,37 @@ def test_files_of_records(tmp_path):
     assert texts.read(tmp_path / "a.json") == rows
     (tmp_path / "a.csv").write_text('label,text,id\nx,one,7\n1,"two, three",9\n')
     assert texts.read(tmp_path / "a.csv") == [{"text": "one", "label": "x", "id": 7}, {"text": "two, three", "label": 1, "id": 9}]
-    assert texts.identified(rows).tolist() == [7, 9] and texts.identified([{}, {"id": "b"}]).tolist() == [0, 1]
+    assert texts.identified(rows)[0].tolist() == [7, 9]
+    ids, named = texts.identified([{"id": "a"}, {"id": "b"}])
+    assert ids.tolist() == [0, 1] and named == {0: "a", 1: "b"} and texts.identified([{}, {}])[1] is None
+    fields = texts.Fields("review", "stars", "key", ("source",))
+    (tmp_path / "d.csv").write_text("stars,review,key,source\n1,good,a7,web\n0,bad,a8,web\n")
+    assert texts.read(tmp_path / "d.csv", fields) == [{"label": 1, "text": "good", "id": "a7"}, {"label": 0, "text": "bad", "id": "a8"}]
+    with pytest.raises(DataError, match="has what nothing reads, source: --ignore source leaves it out"):
+        texts.read(tmp_path / "d.csv", replace(fields, ignore=()))
+    with pytest.raises(DataError, match=r"a\.jsonl has what nothing reads|a\.jsonl has no field key"):
+        texts.read(lines, texts.Fields(id="key"))
     for content, message in (
-        ("", "holds no record"), ('{"text": "a"', "line 1 of b.jsonl is not JSON"), ('["a"]', "record 0 of b.jsonl is no object"),
-        ('{"text": " ", "label": 1}', "record 0 of b.jsonl has an empty or missing text"), ('{"text": "a"}', "has no label"),
+        ("", "holds no record"), ('{"text": "a"', "line 1 of b.jsonl is not JSON"), ('["a"]', "record 1 of b.jsonl is no object"),
+        ('{"text": " ", "label": 1}', "line 1 of b.jsonl has an empty or missing text"), ('{"text": "a"}', "has no label"),
         ('{"text": "a", "label": 1.5}', "has the label 1.5"), ('{"text": "a", "label": true}', "has the label True"),
-        ('{"text": "a", "label": 1, "topic": 2}', "has a field 'topic'; records hold text, label and, where wanted, id"), ('[{"text"', "is not JSON"),
+        ('{"text": "a", "label": 1, "topic": 2}', "has what nothing reads, topic: --ignore topic"), ('[{"text"', "is not JSON"),
     ):  # fmt: skip
         (tmp_path / "b.jsonl").write_text(content)
         with pytest.raises(DataError, match=message):
             texts.read(tmp_path / "b.jsonl")
     (tmp_path / "c.csv").write_text("label,text\n1,a,b\n")
-    with pytest.raises(DataError, match="has a field 'further columns'"):
+    with pytest.raises(DataError, match=r"row 2 of c\.csv has 3 cells, its header 2"):
         texts.read(tmp_path / "c.csv")
     with pytest.raises(DataError, match=r"cannot read none\.jsonl: No such file"):
         texts.read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="2 records of a have the id 3"):
-        texts.identified([{"id": 3}, {"id": 3}], "a")
+    for odd, message in (
+        ([{"id": 3}, {"id": 3}], "records 0 and 1 of a have the id 3"),
+        ([{"id": 3}, {}], "record 1 of a has no id"),
+        ([{"id": 1.5}], "neither a word"),
+    ):
+        with pytest.raises(DataError, match=message):
+            texts.identified(odd, "a")
     with pytest.raises(DataError, match=r"record 1 of a has the label 'z'; the model's classes are x \(0\), y \(1\)"):
         texts.numbered([{"label": "x"}, {"label": "z"}], {"x": 0, "y": 1}, "a")
     with pytest.raises(DataError, match="has the label '2'"):

@@ -33,9 +33,14 @@ def tokenizer():
     [
         ({"question": "q", "answer": "a", "id": "x7"}, "q", "a", "question -> answer"),
         ({"prompt": "q", "completion": "a"}, "q", "a", "prompt -> completion"),
-        ({"instruction": "Add.", "input": "1 + 1", "output": "2", "text": "all of it"}, "Add.\n\n1 + 1", "2", "instruction + input -> output"),
+        ({"instruction": "Add.", "input": "1 + 1", "output": "2", "text": "Below: Add. 1 + 1 ### 2"}, "Add.\n\n1 + 1", "2", "instruction + input -> output"),
         ({"instruction": "Add.", "input": "", "output": "2"}, "Add.", "2", "instruction -> output"),
-        ({"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}, "c\n\nq", "a", "context + question -> answers"),
+        (
+            {"context": "c", "question": "q", "title": "t", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+            "c\n\nq",
+            "a",
+            "context + question -> answers",
+        ),
         ({"text": "q", "labels": "a"}, "q", "a", "text -> labels"),
     ],
 )
@@ -84,7 +89,7 @@ def test_bytes_that_json_allows(tmp_path):
     )
     assert [r["question"] for r in readers.read_jsonl(tmp_path / "a.jsonl")] == [odd, odd]
     (tmp_path / "raw.txt").write_text("A text.\nTwo lines.")
-    assert readers.read(tmp_path / "raw.txt") == ([{"text": "A text.\nTwo lines."}], "raw text")
+    assert readers.read(tmp_path / "raw.txt")[:2] == ([{"text": "A text.\nTwo lines."}], "raw text")
 
 
 @pytest.mark.parametrize(

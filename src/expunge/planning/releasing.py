@@ -73,6 +73,7 @@ def finished(
         chosen = verdict.chosen
         verdict, facts = released(opened, verdict, run.made / "released")
         document = verdict.document(title)
+        document["data"]["read"] = list(opened.read)
         if facts:
             document["release"] = facts
             document["notes"].append(f"Released: {facts['told']}." if "form" in facts else f"Not released: {facts['told']}.")

@@ -91,22 +91,25 @@ def levels(document: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
-    """What makes everything else doubtful: a model before that is no better than chance on what it was taught, or on unseen records alone."""
+    """What makes everything else doubtful: a model before that is no better than chance on what it was taught, or on unseen records alone, and what was said
+    when the request was read."""
+    fed = [said for said in texts(mapping(document.get("data")).get("read")) if said.startswith("BEWARE")]
     rows = {plain(row.get("part")): row for row in items(front(document).get("levels"))}
     low = [part for part, row in rows.items() if not (finite(row.get("above")) and row["above"] >= NEAR)]
     if not low:
-        return []
+        return fed
     reads = [
         f"{PARTS.get(part, part)} ({plain(rows[part].get('what'))} {number(rows[part].get('before'))} where chance is {number(rows[part].get('chance'))}, "
         f"n = {plain(rows[part].get('n'))})"
         for part in low
     ]
     taught = low == ["test"] and len(rows) > 1
-    return [
+    said = (
         f"The model before is near chance on {reads[0]}: {BY_HEART}"
         if taught
         else f"BEWARE: the model before is near chance on {' and on '.join(reads)}. {FED}"
-    ]
+    )
+    return [*fed, said]
 
 
 def unknown(document: Mapping[str, Any]) -> list[str]:

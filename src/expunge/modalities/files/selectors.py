@@ -86,7 +86,7 @@ def _numbered(words: list[str], train: Examples) -> Iterator[int]:
     """Ids of words. A name comes first; numbers stand for records only where an id column of words does not name them."""
     here = set(train.ids.tolist())
     by_name = {name: i for i, name in (train.names or {}).items() if i in here}
-    strict = bool(train.names) and train.schema is not None and bool(train.schema.id)
+    strict = bool(train.names) and (train.schema is None or bool(train.schema.id))
     unknown = []
     for word in words:
         if word in by_name:

@@ -8,6 +8,7 @@ HERE = "expunge.modalities.language"
 FILE = "--{} is a file of texts, for --task causal-lm; for a setting of the method write --METHOD.{} VALUE"
 
 OPTIONS = (
+    Option("train", "", "All texts that it was tuned on; REQUEST says which must go: ids:17,42, ids:@file, mentions:NAME, FIELD:VALUE, random:0.1."),
     Option("test", "", "JSONL of texts that were never trained on."),
     Option("validation", "share:0.3", "JSONL of such texts for tuning, or share:0.3, that share of test."),
     Option("retain", "", "JSONL of what must stay.", FILE.format("retain", "retain")),
@@ -15,6 +16,10 @@ OPTIONS = (
     Option("general", "", "What the model knows besides: a quarter is kept with retain, the audit reads the rest.", FILE.format("general", "general")),
     Option("plants", "", "JSONL of texts like those of forget that the model never saw, for --twins; without it, half of validation."),
     Option("template", "auto", "auto (chat where the tokenizer has a template), plain, chat, or a text with {question} in it."),
+    Option("system", "", "System message of records that bring none, or @FILE."),
+    Option("turns", "last", "Of a conversation: the last assistant turn is the answer, or all are, each with the turns before it."),
+    Option("id_column", "", "Field that names records; without it `id`, where there is one."),
+    Option("ignore", "", "Fields that are left out, a,b,c; any other that nothing reads is an error."),
     Option("mask", "answer+eos", "Which tokens are trained and scored: answer+eos, answer, full or entity."),
     Option("max_length", 0, "In tokens; 0 is the model's context, at most 512."),
     Option("dtype", "auto", "auto (as stored), float32 or bfloat16."),

@@ -4,7 +4,7 @@ from, and what they hand over in the end."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +12,122 @@ import torch
 from torch import nn
 
 from expunge.core.edits import Hook
-from expunge.core.errors import ModelError, SettingError, SplitError
+from expunge.core.errors import DataError, ModelError, SettingError, SplitError, printable, suggest
 from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
 from expunge.modalities.files.requests import share
 from expunge.modalities.language import checkpoints
 from expunge.modalities.language.benchmarks import table
-from expunge.modalities.language.records import readers
+from expunge.modalities.language.records import readers, selectors, served
 from expunge.modalities.language.records.format import CUT, Format, split, windows
+from expunge.modalities.language.records.readers import AS_IT_IS, Found, Reading
 from expunge.modalities.language.task import causal_lm
 from expunge.modalities.language.texts import Texts
+from expunge.modalities.rows import content, listed
 from expunge.parts.provenance import referred
 
 PARTS = ("forget", "retain", "test", "validation", "anchor", "general", "plants")
 
 
 def prepare(
-    folder: Path | str, files: Mapping[str, str], *, template: str = "auto", mask: str = "answer+eos", max_length: int = 0, dtype: str = "auto",
-    validation: float = 0.3, within: Path | None = None,
+    folder: Path | str, files: Mapping[str, str], *, what: str = "", template: str = "auto", mask: str = "answer+eos", max_length: int = 0, dtype: str = "auto",
+    validation: float = 0.3, within: Path | None = None, how: Reading = AS_IT_IS, system: str = "",
 ) -> tuple[nn.Module, Any, Task, Split]:  # fmt: skip
     """(model, tokenizer, task, split).
 
-    files        part -> JSONL file of question and answer, or text, or NAME:DIR/PART of a published benchmark (`benchmarks.table`); forget must be there
+    files        part -> file of question and answer, or text, or NAME:DIR/PART of a published benchmark (`benchmarks.table`). Forget must be there, or train,
+                 all that the model was tuned on, of which `what` says what must go (`selectors.chosen`); the rest is retain
     template     auto takes the tokenizer's chat template if it has one, plain otherwise; see `modalities.language.records.format.Format` for the others
     max_length   in tokens; 0 takes the model's context, at most 512. Longer raw texts are cut into windows of that length
     validation   share of test that tuning may read, when no validation file is named
     within       folder that the base of an adapter may not leave
+    how          which fields are read (`readers.Reading`)
+    system       system message of records that bring none
     Raises DataError, SplitError or ModelError that name the file, the line and what to do.
     """
-    return _prepared(folder, files, template, mask, max_length, dtype, validation, within)[:4]
+    return _prepared(folder, parts_of(files, what, how, within), template, mask, max_length, dtype, validation, within, system)[:4]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The records of each part, a line each on how they were read, the name of the file that what must go stands in, and what was asked of --train."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    lines: tuple[str, ...]
+    name: str
+    asked: str = ""
+
+
+def parts_of(files: Mapping[str, Path | str], what: str = "", how: Reading = AS_IT_IS, within: Path | None = None, folder: Path | None = None) -> Parts:
+    """All files read. Raises DataError for unseen texts of another form than those that must go, and for a field to ignore that no file has."""
+    read = {part: rows_of(path, part, within, how) for part, path in files.items() if path}
+    names = {part: table.called(str(files[part])) or Path(files[part]).name for part in read}
+    lines = [f"{part}: {_counted(len(found.rows))} of {names[part]}, read as {found.told}" for part, found in read.items()]
+    if "train" in read:
+        if files.get("retain"):
+            raise SplitError("--retain is what stays of --train already: name one of the two")
+        forget, retain, told = selectors.chosen(what, read["train"].rows, folder or Path.cwd(), inside=within is not None)
+        rows = {"forget": forget, "retain": retain, **{part: found.rows for part, found in read.items() if part != "train"}}
+        lines.append(f"forget {told}")
+        names["forget"] = names["train"]
+    elif "forget" in read:
+        rows = {part: found.rows for part, found in read.items()}
+    else:
+        raise SplitError("no forget file; name one with --forget")
+    kinds = {part: "question and answer" if "question" in found[0] else "raw text" for part, found in rows.items()}
+    for part in ("test", "validation", "plants"):
+        if kinds.get(part, kinds["forget"]) != kinds["forget"]:
+            raise DataError(f"{part} ({names[part]}) is {kinds[part]}, forget ({names['forget']}) {kinds['forget']}: unseen texts must be of the same form")
+    fields = frozenset().union(*(found.fields for found in read.values()))
+    if odd := [n for n in how.ignore if n not in fields]:
+        raise DataError(printable(suggest("--ignore: no file has a field", odd[0], sorted(fields))))
+    return Parts(rows, tuple(lines), names["forget"], printable(what))
+
+
+def _counted(n: int) -> str:
+    return f"{n} record{'s' if n > 1 else ''}"
 
 
 def _prepared(
-    folder: Path | str, files: Mapping[str, Path | str], template: str, mask: str, max_length: int, dtype: str, validation: float, within: Path | None
+    folder: Path | str, read: Parts, template: str, mask: str, max_length: int, dtype: str, validation: float, within: Path | None, system: str
 ) -> tuple[nn.Module, Any, Task, Split, tuple[str, ...]]:
     """As `prepare`, and lines that say as what each file was read."""
-    if not files.get("forget"):
-        raise SplitError("no forget file; name one with --forget")
     model, tokenizer = checkpoints.load(folder, dtype=dtype, within=within)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 512)  # pyright: ignore
     if template == "auto":
         template = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
-    form = Format(tokenizer, template, mask, max_length or min(context, 512))
-    read = {part: rows_of(path, part, within) for part, path in files.items() if path}
-    lines = (
-        f"{part}: {len(rows)} record{'s' if len(rows) > 1 else ''} of {table.called(str(files[part])) or Path(files[part]).name}, read as {how}"
-        for part, (rows, how) in read.items()
-    )
-    found = split(form, **{part: pieces(rows, form) for part, (rows, _) in read.items()})
+    form = Format(tokenizer, template, mask, max_length or min(context, 512), system)
+    found = split(form, **{part: pieces(rows, form) for part, rows in read.rows.items()})
     if found.test is not None and found.validation is None and validation > 0:
         order = torch.randperm(len(found.test), generator=torch.Generator().manual_seed(0))
         cut = int(validation * len(order))
         found = replace(found, test=found.test.take(order[cut:].sort().values), validation=found.test.take(order[:cut].sort().values) if cut else None)
-    name = table.called(str(files["forget"])) or Path(files["forget"]).name
-    return model, tokenizer, causal_lm(tokenizer), replace(found, asked=f"{len(found.forget)} records of {name}"), tuple(lines)
+    return model, tokenizer, causal_lm(tokenizer), replace(found, asked=read.asked or f"{len(found.forget)} records of {read.name}"), read.lines
 
 
-def rows_of(path: Path | str, part: str, within: Path | None = None) -> tuple[list[dict[str, Any]], str]:
-    """(records, how they were read in words) of a file, or of a part of a published benchmark: tofu:DIR/forget10."""
+def rows_of(path: Path | str, part: str, within: Path | None = None, how: Reading = AS_IT_IS) -> Found:
+    """The records of a file, or of a part of a published benchmark: tofu:DIR/forget10."""
     spec = str(path)
-    return readers.read(path) if table.split(spec) is None else table.read(spec, option=part, within=within)
+    return readers.read(path, how) if table.split(spec) is None else Found(*table.read(spec, option=part, within=within), frozenset())
+
+
+def files_of(request: Request) -> tuple[dict[str, str], str]:
+    """(part -> where its file is, what must go of train)."""
+    given = request.options
+    first = {"train": given["train"]} if given["train"] else {"forget": request.what}
+    named = {**first, **{n: given[n] for n in PARTS[1:]}, **({"validation": ""} if given["validation"].startswith("share:") else {})}
+    return {n: _path(request, f) for n, f in named.items() if f}, request.what if given["train"] else ""
+
+
+def reading(given: Mapping[str, Any]) -> Reading:
+    """How an option of the command line, a recipe or `expunge.opened` says that files are read."""
+    return Reading(listed(given["ignore"]), given["id_column"], given["turns"])
+
+
+def instructed(request: Request) -> str:
+    """The system message: the option as it stands, or the content of @FILE."""
+    said = request.options["system"]
+    return content(request.path(said[1:])).strip() if said.startswith("@") else said
 
 
 def _path(request: Request, name: str) -> str:
@@ -99,11 +155,11 @@ def read(request: Request) -> Opened:
     if given["form"] not in checkpoints.FORMS:
         raise SettingError(f"form must be one of {', '.join(checkpoints.FORMS)}, not '{given['form']}'")
     part = share(given["validation"])
-    files = {"forget": request.what, **{n: given[n] for n in PARTS[1:]}, **({"validation": ""} if given["validation"].startswith("share:") else {})}
-    within, dtype = request.folder if request.inside else None, given["dtype"]
+    within = request.folder if request.inside else None
+    files, what = files_of(request)
     model, tokenizer, task, found, lines = _prepared(
-        request.path(request.model), {n: _path(request, f) for n, f in files.items() if f}, given["template"], given["mask"], given["max_length"], dtype,
-        part, within,
+        request.path(request.model), parts_of(files, what, reading(given), within, request.folder), given["template"], given["mask"], given["max_length"],
+        given["dtype"], part, within, instructed(request),
     )  # fmt: skip
     references = [referred(load(replace(request, after=r)), request.path(r)) for r in request.references]
     after = load(request) if request.audit or request.after else None
@@ -116,7 +172,7 @@ def read(request: Request) -> Opened:
 
     return Opened(
         model, task, found, references, after, release, ("auto", "merged") if given["form"] == "auto" else (given["form"],), reload,
-        write=lambda net, path: checkpoints.save(net, tokenizer, path), read=lines,
+        write=lambda net, path: checkpoints.save(net, tokenizer, path), read=(*lines, *served.told(served.fits(model, task, found))),
     )  # fmt: skip
 
 
@@ -129,11 +185,11 @@ def load(request: Request) -> nn.Module:
 def sized(request: Request) -> tuple[Task, Split, Any]:
     """The task, a split of the files' records for planning (their number is right, their tokens are bytes), and the model's skeleton where it is named."""
     found: dict[str, Any] = {}
-    for part, path in {"forget": request.what, **{n: request.options[n] for n in PARTS[1:]}}.items():
-        if path and not path.startswith("share:"):
-            rows = rows_of(path, part)[0]
-            tokens = tuple(torch.tensor(list(str(row).encode())) for row in rows)
-            found[part] = Texts(tokens, tuple(torch.ones(len(t), dtype=torch.bool) for t in tokens), torch.arange(len(rows)), tuple(rows))
+    files, what = files_of(request)
+    within = request.folder if request.inside else None
+    for part, rows in parts_of(files, what, reading(request.options), within, request.folder).rows.items():
+        tokens = tuple(torch.tensor(list(str(row).encode())) for row in rows)
+        found[part] = Texts(tokens, tuple(torch.ones(len(t), dtype=torch.bool) for t in tokens), torch.arange(len(rows)), tuple(rows))
     return causal_lm(), Split(**found), checkpoints.skeleton(request.model) if request.model else None
 
 

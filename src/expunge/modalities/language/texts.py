@@ -71,6 +71,10 @@ class Texts:
         pick = lambda values: tuple(values[k] for k in rows)  # noqa: E731
         return replace(self, tokens=pick(self.tokens), targets=pick(self.targets), rows=pick(self.rows), ids=self.ids[torch.tensor(rows, dtype=torch.long)])
 
+    def called(self, i: int) -> str:
+        """The user's own name of the record of that id: its field `id` where it has one, else the id."""
+        return next((str(row["id"]) for k, row in zip(self.ids.tolist(), self.rows, strict=True) if k == int(i) and "id" in row), str(int(i)))
+
     @cached_property
     def reworded(self) -> Texts | None:
         """The same records asked by their `paraphrased_question`; None where one of them has none."""

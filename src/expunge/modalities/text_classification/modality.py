@@ -9,9 +9,13 @@ from expunge.core.modality import Modality, Option, later, modality
 HERE, RECORDS = "expunge.modalities.text_classification", "expunge.modalities.records"
 
 OPTIONS = (
-    Option("train", "", "JSON lines, a JSON list or CSV of text, label and, where wanted, id.", required=True),
-    Option("test", "", "JSON lines, a JSON list or CSV of texts that were never trained on."),
+    Option("train", "", "JSON lines, a JSON list, CSV or Parquet of text, label and, where wanted, id.", required=True),
+    Option("test", "", "The same of texts that were never trained on."),
     Option("validation", "share:0.3", "Texts of their own for tuning, or share:0.3, that share of test."),
+    Option("text_column", "text", "Field or column of the text."),
+    Option("label_column", "label", "Field or column of the class."),
+    Option("id_column", "", "Field or column that names records; without it `id`, where there is one."),
+    Option("ignore", "", "Fields or columns that are left out, a,b,c; any other is an error."),
     Option("max_length", 0, "In tokens; 0 is the model's context, at most 512."),
     Option("dtype", "auto", "auto (as stored), float32 or bfloat16."),
 )

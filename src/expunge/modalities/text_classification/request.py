@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core.errors import ModelError, SettingError, SplitError
+from expunge.core.errors import ModelError, SettingError, SplitError, printable
 from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
 from expunge.modalities.examples import Examples
 from expunge.modalities.files.requests import share
 from expunge.modalities.files.selectors import resolve
+from expunge.modalities.rows import listed
 from expunge.modalities.text_classification import checkpoints
 from expunge.modalities.text_classification.task import text_classification
-from expunge.modalities.text_classification.texts import identified, numbered, records
+from expunge.modalities.text_classification.texts import Fields, identified, numbered, records
 from expunge.modalities.text_classification.texts import read as read_file
 from expunge.parts.provenance import referred
 
@@ -54,7 +55,10 @@ def files(request: Request) -> dict[str, list[dict[str, Any]]]:
     if not given["train"]:
         raise SettingError("--train is missing")
     named = {part: given[part] for part in ("train", "test", "validation") if given[part] and not (part == "validation" and given[part].startswith("share:"))}
-    return {part: read_file(request.path(name)) for part, name in named.items()}
+    fields = Fields(given["text_column"], given["label_column"], given["id_column"] or "id", listed(given["ignore"]))
+    if len({fields.text, fields.label, fields.id}) < 3:
+        raise SettingError(printable(f"text, label and id must be three columns, not {fields.text}, {fields.label} and {fields.id}"))
+    return {part: read_file(request.path(name), fields) for part, name in named.items()}
 
 
 def split(request: Request, parts: Mapping[str, Examples], names: Mapping[str, int]) -> Split:
@@ -97,7 +101,8 @@ def sized(request: Request) -> tuple[Task, Split, Any]:
     def stand_in(part: str, found: list[dict[str, Any]]) -> Examples:
         tokens = torch.tensor([[int.from_bytes(hashlib.blake2b(r["text"].encode(), digest_size=7).digest(), "big")] for r in found])
         y = numbered(found, names, request.options[part])
-        return Examples({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, y, identified(found, request.options[part]))
+        ids, called = identified(found, request.options[part])
+        return Examples({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, y, ids, names=called)
 
     found = split(request, {part: stand_in(part, some) for part, some in rows.items()}, names)
     return text_classification(), found, checkpoints.skeleton(request.path(request.model)) if request.model else None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import csv
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +12,63 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import DataError, SettingError, printable
-from expunge.modalities import strict_json
 from expunge.modalities.examples import Examples
+from expunge.modalities.rows import read as read_rows
+from expunge.modalities.rows import without
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 """What the inputs may hold; the first two must be there."""
-FIELDS = ("text", "label", "id")
-MAX_BYTES = 1 << 30
-"""Largest file of records that is read: 1 GiB."""
-
 Rows = Sequence[Mapping[str, Any]]
 
 
-def read(path: Path | str) -> list[dict[str, Any]]:
-    """Records of JSON lines, one JSON list, or CSV with a header (by the name's end): text, label and, where wanted, id.
+@dataclass(frozen=True)
+class Fields:
+    """What the fields of a file, or its columns, are called; those in `ignore` are left out, and any other is refused."""
+
+    text: str = "text"
+    label: str = "label"
+    id: str = "id"
+    ignore: tuple[str, ...] = ()
+
+
+AS_IT_IS = Fields()
+
+
+def read(path: Path | str, fields: Fields = Fields()) -> list[dict[str, Any]]:
+    """Records of a file of `modalities.rows`: text, label and, where wanted, id (a whole number, or a word).
 
     Raises DataError naming the file, the record and what to do for anything else.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}") from None
-    found = _table(path, content) if path.suffix.lower() == ".csv" else _json(path, content)
-    if not found:
-        raise DataError(f"{path.name} holds no record; write one JSON object with text and label per line")
-    return [_record(row, f"record {k} of {path.name}") for k, row in enumerate(found)]
+    table = path.suffix.lower() == ".csv"
+    found = [_record(row, where, fields, table) for where, row in without(read_rows(path), fields.ignore)]
+    if fields.id != "id" and not any("id" in row for row in found):
+        raise DataError(printable(f"{path.name} has no field {fields.id}"))
+    return found
 
 
-def _json(path: Path, content: str) -> list[Any]:
-    if content.lstrip()[:1] == "[":
-        return strict_json.parsed(content, path.name)
-    return [strict_json.parsed(line, f"line {k} of {path.name}") for k, line in enumerate(content.split("\n"), 1) if line.strip()]
-
-
-def _table(path: Path, content: str) -> list[Any]:
-    """Rows of a CSV file; ids and labels that are whole numbers, written as such are (01 is a name), are numbers."""
-    try:
-        reader = csv.DictReader(io.StringIO(content), strict=True)
-        rows, names = list(reader), list(reader.fieldnames or ())
-    except csv.Error as error:
-        raise DataError(f"{path.name} is not CSV: {error}") from None
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{path.name} names the column {printable(twice[0])} twice")
-    for row in rows:
-        for name in ("label", "id"):
-            value = (row.get(name) or "").strip()
-            if len(value) < 19 and value.removeprefix("-").isdecimal() and str(int(value)) == value:
-                row[name] = int(value)  # pyright: ignore[reportArgumentType]
-    return [{("further columns" if name is None else name): value for name, value in row.items() if value != ""} for row in rows]
-
-
-def _record(row: Any, where: str) -> dict[str, Any]:
+def _record(row: Any, where: str, fields: Fields, table: bool) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where} is no object with text and label")
-    if unknown := [name for name in row if name not in FIELDS]:
-        raise DataError(f"{where} has a field '{unknown[0]}'; records hold text, label and, where wanted, id: take the others out")
+        raise DataError(f"{where} is no object with {fields.text} and {fields.label}")
+    called = {fields.text: "text", fields.label: "label", fields.id: "id"}
+    if unknown := [name for name in row if name not in called]:
+        ways = f"--ignore {','.join(unknown)} leaves it out, --text-column, --label-column and --id-column say what is called otherwise"
+        raise DataError(printable(f"{where} has what nothing reads, {','.join(unknown)}: {ways}"))
+    row = {called[name]: value for name, value in row.items()}
     if not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise DataError(f"{where} has an empty or missing text")
+        raise DataError(f"{where} has an empty or missing {printable(fields.text)}")
+    if table:
+        row |= {name: _whole(row[name]) for name in ("label", "id") if name in row}
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
         raise DataError(f"{where} has {'no label' if label in (None, '') else f'the label {label!r}'}; write the name or the number of a class")
     return row
+
+
+def _whole(cell: str) -> int | str:
+    """A cell that holds a whole number, written as such (01 is a name), as that number."""
+    cell = cell.strip()
+    return int(cell) if len(cell) < 19 and cell.removeprefix("-").isdecimal() and str(int(cell)) == cell else cell
 
 
 def numbered(rows: Rows, names: Mapping[str, int], what: str = "the records") -> Tensor:
@@ -98,16 +90,25 @@ def numbered(rows: Rows, names: Mapping[str, int], what: str = "the records") ->
     return torch.tensor([names[r["label"]] if isinstance(r["label"], str) else r["label"] for r in rows], dtype=torch.long)
 
 
-def identified(rows: Rows, what: str = "the records") -> Tensor:
-    """(N,) their ids where all are whole numbers, their places else. Raises DataError for two records of one id."""
+def identified(rows: Rows, what: str = "the records") -> tuple[Tensor, dict[int, str] | None]:
+    """(ids, names by id or None): whole numbers are ids themselves, words are named beside 0, 1, ..., records without any are called by their places.
+
+    Raises DataError for two records of one id, and where some have one and others not.
+    """
     ids = [r.get("id") for r in rows]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        return torch.arange(len(rows))
-    found = torch.tensor(ids, dtype=torch.long)
-    values, counts = found.unique(return_counts=True)
-    if bool((counts > 1).any()):
-        raise DataError(f"{int(counts.max())} records of {what} have the id {int(values[counts.argmax()])}; an id names one record")
-    return found
+    if all(i is None for i in ids):
+        return torch.arange(len(rows)), None
+    if odd := [k for k, i in enumerate(ids) if isinstance(i, bool) or not isinstance(i, (int, str)) or i == ""]:
+        raise DataError(
+            f"record {odd[0]} of {printable(what)} has {'no id' if ids[odd[0]] in (None, '') else 'an id that is neither a word nor a whole number'}"
+        )
+    seen: dict[str, int] = {}
+    for k, i in enumerate(ids):
+        if (first := seen.setdefault(str(i), k)) != k:
+            raise DataError(printable(f"records {first} and {k} of {what} have the id {i}; an id names one record"))
+    if all(isinstance(i, int) and abs(i) < 1 << 63 for i in ids):
+        return torch.tensor(ids, dtype=torch.long), None
+    return torch.arange(len(rows)), {k: str(i) for k, i in enumerate(ids)}
 
 
 def records(
@@ -133,5 +134,6 @@ def records(
     made = []
     for what, rows, found in zip(called, parts, coded, strict=True):
         x = {n: torch.tensor([r + [fill.get(n, 0)] * (width - len(r)) for r in found[n]]) for n in NAMES if n in found}
-        made.append(Examples(x, numbered(rows, names or {}, what), identified(rows, what)))
+        ids, named = identified(rows, what)
+        made.append(Examples(x, numbered(rows, names or {}, what), ids, names=named))
     return made

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import DataError, first_line, printable
-from expunge.modalities import strict_json
-from expunge.modalities.files.tables import unpacked_parquet
-from expunge.modalities.language.records.artefact import MAX_BYTES
-
-ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+from expunge.core.errors import DataError, printable
+from expunge.modalities import rows
+from expunge.modalities.rows import ENDINGS
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -71,39 +66,9 @@ class Folder:
 
 
 def values(files: Sequence[Path]) -> list[tuple[Any, str]]:
-    """(what it holds, where it stands in words) of each record, in order. Raises DataError for a file that cannot be read, or holds none."""
-    found = [(value, f"{what} {number} of {file.name}") for file in files for what, number, value in _read(file)]
-    if not found:
-        raise DataError(f"{files[0].name} holds no record")
-    return found
-
-
-def _read(file: Path) -> list[tuple[str, int, Any]]:
-    if file.suffix == ".parquet":
-        try:
-            return [("row", k, row) for k, row in enumerate(unpacked_parquet(file).to_pylist(), 1)]
-        except ImportError:
-            raise DataError(f"{file.name} needs pyarrow: pip install 'expunge[data]'") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"cannot read {file.name}: {first_line(error)}") from None
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise DataError(f"{file.name} is larger than {MAX_BYTES} bytes")
-        content = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file.name}: {getattr(error, 'strerror', None) or first_line(error)}") from None
-    if file.suffix == ".txt":
-        return [("line", 1, content)]
-    if file.suffix == ".csv":
-        try:
-            return [("row", k, row) for k, row in enumerate(csv.reader(io.StringIO(content, newline="")), 1) if row]
-        except csv.Error as error:
-            raise DataError(f"cannot read {file.name}: {first_line(error)}") from None
-    lines = [(k, line) for k, line in enumerate(content.split("\n"), 1) if line.strip()]
-    if content.lstrip()[:1] == "[" or (len(lines) > 1 and lines[0][1].strip() == "{"):
-        whole = strict_json.parsed(content, file.name)
-        return [("record", k, value) for k, value in enumerate(whole if isinstance(whole, list) else [whole], 1)]
-    return [("line", k, strict_json.parsed(line, f"line {k} of {file.name}")) for k, line in lines]
+    """(what it holds, where it stands in words) of each record, in order; of CSV, which has no header here, a list of cells. Raises DataError for a file that
+    cannot be read, or holds none."""
+    return [(value, where) for file in files for where, value in (rows.cells(file) if file.suffix == ".csv" else rows.read(file))]
 
 
 def said(row: Any, name: str, where: str) -> str:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import DataError
-
-MAX_BYTES = 1 << 32
-"""Largest text file that is read: 4 GiB."""
+from expunge.modalities.rows import MAX_BYTES
 
 VERSION = 1
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from expunge.core.errors import DataError, printable, suggest
 from expunge.core.types import Split
+from expunge.modalities.language.records.bounded import bounded
 from expunge.modalities.language.texts import Texts
 
 CUT = "goes on"
@@ -153,7 +154,7 @@ class Format:
         from jinja2 import TemplateError
 
         try:
-            found = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
+            found = bounded(lambda: self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             said = printable(" ".join(str(error).split()))[:200]
             raise DataError(f"the chat template cannot be used: {said}; use a template of your own") from None
