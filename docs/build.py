@@ -180,7 +180,7 @@ def commands(text: str) -> list[str]:
             inside = "ommands" in line
         elif inside and (found := re.match(r"^[│|]? {1,2}([a-z][\w-]*)(\s|$)", line)) and bare:
             out.append(found[1])
-    return [name for name in out if name not in METHODS]
+    return out
 
 
 def cli_page() -> str:

@@ -10,7 +10,7 @@ from test_cli import FACTORY
 from worlds import original, small
 
 from expunge.cli.shown import bar
-from expunge.core.errors import SettingError
+from expunge.core.errors import ModelError, SettingError
 from expunge.engine import log
 from expunge.engine import run as engine
 from expunge.modalities.files import models, readers
@@ -123,7 +123,11 @@ def test_recipes_leave_a_log_where_their_results_go(tmp_path, monkeypatch):
     from expunge.cli.forget import run
 
     (tmp_path / "r.toml").write_text('model = "py:mynet:build"\ntrain = "world:digits/train"\nforget = "class:3"\nout = "there"\n')
-    monkeypatch.setattr(recipe, "run", lambda *_, **__: logging.getLogger("expunge.test").info("hello") or (_ for _ in ()).throw(SettingError("enough")))
-    with pytest.raises(SettingError, match="enough"):
-        run(str(tmp_path / "r.toml"), as_json=True)
-    assert [line.split(": ")[-1] for line in lines(tmp_path / "there")[1:]] == ["hello", "ended by SettingError"]
+    for error in (SettingError, ModelError):
+        monkeypatch.setattr(
+            recipe, "run", lambda *_, error=error, **__: logging.getLogger("expunge.test").info("hello") or (_ for _ in ()).throw(error("enough"))
+        )
+        with pytest.raises(error, match="enough"):
+            run(str(tmp_path / "r.toml"), as_json=True)
+        assert (tmp_path / "there").exists() == (error is ModelError), "a mistake of the user leaves nothing"
+    assert [line.split(": ")[-1] for line in lines(tmp_path / "there")[1:]] == ["hello", "ended by ModelError"]

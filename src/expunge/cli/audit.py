@@ -119,8 +119,9 @@ def _check(report: str, model: str, patch: str, after: str, options: Mapping[str
         raise ReportError(f"{printable(Path(report).name)} is about another {' and another '.join(other)}: see which digest differs, and name what was audited")
 
 
+@with_options("id_column", "ignore", "classes", "mean", "std", "channels")
 def select(
-    model: Annotated[str, typer.Option(help="py:module:factory, a function without arguments that returns the module.")],
+    options: dict[str, Any], model: Annotated[str, typer.Option(help="py:module:factory, a function without arguments that returns the module.")],
     weights: Annotated[str, typer.Option(help="Weights of the trained model.")], train: Annotated[str, typer.Option(help="Its training data.")],
     size: Annotated[int, typer.Option(help="How many records.")],
     how: Annotated[str, typer.Option(help="hardest, easiest, vulnerable or random.")] = "hardest",
@@ -141,6 +142,7 @@ def select(
     from expunge.core.modality import MODALITIES, meant
     from expunge.data.records import worst
     from expunge.modalities.files import models, readers
+    from expunge.modalities.files.requests import PASSED
 
     ways = ("hardest", "easiest", "vulnerable", "random")
     if how not in ways:
@@ -148,11 +150,11 @@ def select(
     modality = meant(task, model)
     if not modality.labelled:
         raise SettingError(f"select works on {' and '.join(m.spelling for m in MODALITIES.values() if m.labelled)}")
-    made = modality.task()
-    net, data = placed(models.load(model, Path(weights)), device, dtype), readers.load(train, modality.name, Path.cwd(), inside=False)
+    made, given = modality.task(), {option: str(options[name]) for name, option in PASSED.items() if options.get(name)}
+    net, data = placed(models.load(model, Path(weights)), device, dtype), readers.load(train, modality.name, Path.cwd(), options=given)
     with bar(as_json) as progress:
         if how == "vulnerable":
-            unseen = readers.load(test, modality.name, Path.cwd(), inside=False) if test else None
+            unseen = readers.load(test, modality.name, Path.cwd(), known=data.schema, options=given) if test else None
             rows = _shadows(net, made, data, unseen, shadows, training, pools, progress).vulnerable(data, size)
         elif how == "random":
             rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size].sort().values

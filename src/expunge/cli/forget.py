@@ -72,6 +72,7 @@ def forget(
 
     A setting that is called like an option of this command is written with its method: --npo.retain none.
     """
+    from expunge.core.machine.bounds import number
     from expunge.core.modality import Request
     from expunge.core.types import bytes_of
     from expunge.engine.log import kept
@@ -82,6 +83,8 @@ def forget(
     words, rest = apart(context.args)
     modality, model, what, mine = asked(task, model, options, forget, words)
     given = {method: found} if (found := settings(method, rest, preset)) else {}
+    number("--retrain-epochs", retrain_epochs, 0)
+    number("--minutes", minutes, 0)
     fit(out)
     secret = key(key_file)
     with bar(as_json) as progress, kept(out) as settle:

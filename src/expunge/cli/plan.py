@@ -11,7 +11,7 @@ from expunge.cli.options import TASK, TASK_HELP, asked, tasks, with_options
 from expunge.cli.shown import Json, needs
 
 
-@with_options("test", "validation", "anchor")
+@with_options("test", "validation", "anchor", "id_column", "ignore", "classes", "mean", "std", "size", "channels", "text_column", "label_column", "turns")
 def plan(
     options: dict[str, Any],
     train: Annotated[str, typer.Argument(help="Data; texts: JSONL of what must stay.")] = "",

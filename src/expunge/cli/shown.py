@@ -87,12 +87,12 @@ def key(path: str) -> bytes | None:
     """The bytes of a key file, None where none is named."""
     if not path:
         return None
-    from expunge.core.errors import DataError
+    from expunge.core.errors import DataError, printable
 
     try:
         secret = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read the key file: {error.strerror}") from None
+        raise DataError(printable(f"cannot read the key file {path}: {error.strerror}")) from None
     if not secret.strip():
-        raise DataError("the key file is empty: whoever has no key could sign with it")
+        raise DataError(printable(f"the key file {path} is empty: whoever has no key could sign with it"))
     return secret

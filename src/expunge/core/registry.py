@@ -9,6 +9,7 @@ METHODS["salun"](model, task, split, keep=0.3) -> Patch
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -177,6 +178,10 @@ class Method:
         return patch.stamped(model, **meta, asked=split.asked)
 
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.ASCII | re.IGNORECASE)
+"""A number as people write it: Python itself would read 1_0 as ten, and digits of any script."""
+
+
 def convert(what: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`; raises SettingError when it is not one."""
     kind = type(default)
@@ -184,6 +189,8 @@ def convert(what: str, value: Any, default: Any) -> Any:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        if isinstance(value, str) and kind is not str and not _NUMBER.fullmatch(value):
             raise ValueError
         if kind is int and float(value) != int(float(value)):
             raise ValueError

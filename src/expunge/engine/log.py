@@ -14,14 +14,18 @@ import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expunge.core.errors import DataError, SettingError, SplitError
+
 NAME = "run.log"
+MISTAKES = (DataError, SettingError, SplitError)
+"""What was asked cannot be done: nothing is left of such a run."""
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -60,8 +64,8 @@ def kept(folder: Path | str) -> Iterator[Callable[[Path | str], None]]:
     """Inside, what this thread logs goes to `run.log` in the folder, line by line, over that of the run before; gives a function that moves it to the folder
     of the run once there is one, where it goes on. What is left in `folder` is of a run that did not end.
 
-    The file is made with the first line, so that a run that was refused before it began leaves what was there. One that cannot be written is warned of once,
-    and the run goes on.
+    The file is made with the first line, so that a run that was refused before it began leaves what was there, and goes with MISTAKES that are found later.
+    One that cannot be written is warned of once, and the run goes on.
     """
     from expunge import __version__
 
@@ -99,6 +103,10 @@ def kept(folder: Path | str) -> Iterator[Callable[[Path | str], None]]:
         except BaseException as error:
             if lines > 0:
                 logging.getLogger(__name__).info("ended by %s", type(error).__name__)
+            if lines > 0 and isinstance(error, MISTAKES):
+                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.parent.rmdir()  # where nothing else is in it
             raise
 
 

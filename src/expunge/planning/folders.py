@@ -36,6 +36,8 @@ def fit(out: Path | str, size: int = 0) -> Path:
 
     Raises DataError that says what is wrong, so that a run of hours does not end in it.
     """
+    if "\0" in str(out):
+        raise DataError("--out holds a character that no path can")
     out = Path(out)
     there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():

@@ -18,6 +18,7 @@ from expunge.audits.core import Probe
 from expunge.audits.verdict import Trial, blind, checks_for
 from expunge.core.digest import whole
 from expunge.core.errors import ExpungeError, ModelError, SettingError
+from expunge.core.machine import bounds
 from expunge.core.machine.bounds import seed_of
 from expunge.core.modality import Opened, Parted, made, of
 from expunge.core.registry import METHODS
@@ -138,6 +139,10 @@ def forget(
     required(asked, require)
     if not minutes > 0:
         raise SettingError(f"minutes must be above 0, not {minutes:g}")
+    bounds.number("twins", twins, 0, whole=True)
+    bounds.number("workers", workers, 1, whole=True)
+    if retrain_passes is not None:
+        bounds.number("retrain_passes", retrain_passes, 0)
     model = whole(model)
     if broken := unsound(model):
         raise ModelError(f"the model holds values that are not finite, first in {broken}: nothing can be audited against it")

@@ -110,6 +110,8 @@ def read(path: Path | str) -> Recipe:
 
 def _typed(what: str, key: str, value: Any) -> Any:
     """The value, if what it is made of fits too: lists of texts, gates of rules, numbers in their range. Raises RecipeError."""
+    if "\0" in str(value):
+        raise RecipeError(f"{what} holds a character that no path or name can")
     if isinstance(value, list) and (odd := [v for v in value if not isinstance(v, str)]):
         raise RecipeError(f"{what} must list texts, not {odd[0]!r}")
     if key == "gate" and isinstance(value, dict) and (odd := [(k, v) for k, v in value.items() if not isinstance(v, str)]):

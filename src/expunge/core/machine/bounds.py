@@ -32,6 +32,18 @@ def seed_of(seed: Any) -> int:
     return seed
 
 
+def number(name: str, value: Any, least: float, *, whole: bool = False) -> Any:
+    """The value, if it is a finite number, a whole one where asked, of at least so much; raises SettingError else.
+
+    >>> number("twins", 3, 0, whole=True)
+    3
+    """
+    kind = "a whole number" if whole else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value) or value < least:
+        raise SettingError(f"{name} must be {kind}, {least:g} or more, not {value!r}")
+    return value
+
+
 def ranged(what: str, name: str, value: Any, default: Any) -> Any:
     """The value of a setting, if it lies in its range; raises SettingError for NaN, for infinity where it is no limit (`OPEN`), and below `LEAST`."""
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name not in OPEN)):

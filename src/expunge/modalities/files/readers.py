@@ -54,7 +54,7 @@ def load(
         raise DataError(suggest(f"{kind} has no option", min(unknown), KINDS[kind]))
     mine = {n: v for n, v in {**(options or {}), **said}.items() if v}
     if odd := [n for n in mine if n not in KINDS[kind]]:
-        raise DataError(f"--{odd[0]} is not for {kind}: data, which takes {', '.join(KINDS[kind]) or 'no options'}")
+        raise DataError(f"--{'id-column' if odd[0] == 'id' else odd[0]} is not for {kind}: data, which takes {', '.join(KINDS[kind]) or 'no options'}")
     labelled = MODALITIES[task.replace("-", "_")].labelled
     fed = feeding.given(mine, feed or Feed()) if known is None or not known.feed else feeding.from_record(known.feed)
     if kind == "py":

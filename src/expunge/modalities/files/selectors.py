@@ -105,6 +105,8 @@ def _numbered(words: list[str], train: Examples) -> Iterator[int]:
 
 
 def _range(value: str, train: Examples, _: Path) -> Tensor:
+    if train.y.ndim != 1 or not train.y.is_floating_point():
+        raise SplitError(f"'range:{printable(value)}' takes records by a target that is a real number; classes are named as class:3")
     try:
         low, high = (float(v) for v in value.split(".."))
     except ValueError:
@@ -116,7 +118,7 @@ def _random(value: str, train: Examples, folder: Path) -> Tensor:
     share, _, seed = value.partition("@")
     try:
         n, generator = int(share) if share.isdigit() and int(share) > 1 else int(float(share) * len(train)), torch.Generator().manual_seed(int(seed or 0))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise SplitError(f"write random:0.1, random:500 or random:0.1@7, not '{value}'") from None
     gone = torch.zeros(len(train), dtype=torch.bool)
     gone[torch.randperm(len(train), generator=generator)[: max(0, n)]] = True

@@ -217,6 +217,8 @@ def targets(
         if not whole.all():
             row = int(np.argmin(whole))
             raise DataError(printable(f"target '{name}' of {what} must hold whole numbers for classification; row {row} has {array[row]}"))
+        if how and known is None:
+            raise DataError(printable(f"--classes puts classes in order that are words; target '{name}' of {what} holds numbers, which stay what they are"))
         if known and any(k != str(i) for i, k in enumerate(known)) and not model:
             raise DataError(printable(f"target '{name}' of {what} holds numbers, that of the training data names: {schemas.listed(known)}"))
         if known and len(array) and not 0 <= array.min() <= array.max() < len(known):
