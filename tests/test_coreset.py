@@ -10,6 +10,7 @@ import torch
 from worlds import same, state
 
 from expunge.core.errors import DataError, SettingError, SplitError
+from expunge.core.files import seal_json
 from expunge.core.types import Split
 from expunge.data.language.coreset import KINDS, Core, beyond, likelihood, likely, question_states, readd, reduced, select, spread, survivors, trapezoid, upcore
 from expunge.modalities.language.records.format import Format
@@ -143,9 +144,12 @@ def test_the_record_is_deterministic_and_returns_from_disk(tmp_path):
         Core.load(path, DATA)
     found = json.loads(path.read_text())
     path.write_text(json.dumps({**found, "kept": found["kept"][1:]}))
+    with pytest.raises(DataError, match=r"core\.json was changed after it was written"):
+        Core.load(path)
+    path.write_text(seal_json({**{k: v for k, v in found.items() if k != "sha256"}, "kept": found["kept"][1:]}))
     with pytest.raises(DataError, match=r"core\.json is damaged: kept and pruned are not all items, each once"):
         Core.load(path)
-    path.write_text("{}")
+    path.write_text(seal_json({}))
     with pytest.raises(DataError, match=r"cannot read core\.json as a core: 'kept'"):
         Core.load(path)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from expunge.core.errors import DataError, SplitError
+from expunge.core.errors import DataError, ReportError, SplitError
 from expunge.modalities.files import readers, schema, selectors, tables
+from expunge.parts import seal
 
 
 def pictures(folder, classes, n=2, mode="RGB", value=None, side=4):
@@ -282,8 +283,12 @@ def test_bad_tables_are_one_line(tmp_path, text, message):
 
 def test_a_schema_is_kept_and_read_back(tmp_path):
     train = table(tmp_path, PLAIN.replace("label", "kind"), query="target=kind")
-    (tmp_path / "report.json").write_text(json.dumps({"data": {"schema": train.schema.record()}}))
+    document = {"identity": {}, "data": {"schema": train.schema.record()}}
+    (tmp_path / "report.json").write_text(json.dumps({**document, **seal.seal(document)}))
     again = schema.read(tmp_path / "report.json")
+    (tmp_path / "changed.json").write_text(json.dumps({**document, **seal.seal(document), "title": "other"}))
+    with pytest.raises(ReportError, match="was changed after it was written"):
+        schema.read(tmp_path / "changed.json")
     assert again == train.schema
     other = table(tmp_path, "kind,v,u\n0,1,2.5\n1,3,4.5\n", "b.csv", query="", known=again)
     assert other.x.tolist() == [[2.5, 1], [4.5, 3]]

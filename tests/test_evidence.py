@@ -168,6 +168,17 @@ def test_attacked_copies_against_loops():
         torch.testing.assert_close(c, (a + b) / 2)
 
 
+def test_one_reference_does_not_say_how_averages_differ():
+    """Means of the original and models that were trained apart know from none to most of a removed class: one of them refutes nobody."""
+    model, task, split = digits()
+    other = [retrained("digits", "class", k) for k in (0, 1)]
+    one, two = ({r.name: r for r in restore.restore(Probe(model, other[0], task, split, refs))} for refs in ((other[1],), (other[1], model)))
+    assert (one["restore.average"].low, one["restore.average"].high) == (-1, 1) and "give a second" in one["restore.average"].note
+    assert one["restore.int8"].high < 1 and "give a second" not in one["restore.int8"].note + two["restore.average"].note
+    found = {c.id: c for c in named.named(Probe(model, other[0], task, split, (other[1],)), [one["restore.average"]])}
+    assert found["B4"].verdict == "UNKNOWN"
+
+
 def test_halves():
     inside = pool.halves(21, 8, seed=0)
     assert inside.sum(1).tolist() == [10] * 8

@@ -25,9 +25,10 @@ from expunge.core.errors import ReportError
 from expunge.core.patch import Patch, difference
 from expunge.engine.run import Attempt
 from expunge.modalities.files import models
+from expunge.parts import seal
 from expunge.planning import identity as about
 from expunge.planning.outcome import audited, patched
-from expunge.report import html, seal, table
+from expunge.report import html, table
 
 
 def sealed(document: dict, key: bytes | None = None) -> str:

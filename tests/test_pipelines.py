@@ -325,7 +325,7 @@ DAMAGES = {
     "pipe has no text encoder: its folder 'text_encoder' is missing": lambda f: shutil.rmtree(f / "text_encoder"),
     "is a pickle, which can run code": lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").rename(f / "unet" / "diffusion_pytorch_model.bin"),
     "cannot read model_index.json": lambda f: (f / "model_index.json").write_text("{"),
-    "model_index.json is larger than": lambda f: (f / "model_index.json").write_text(" " * (pipelines.MAX_BYTES + 1)),
+    "model_index.json of pipe is larger than": lambda f: (f / "model_index.json").write_text(" " * (pipelines.MAX_BYTES + 1)),
     "holds no model_index.json": lambda f: (f / "model_index.json").unlink(),
     "prediction type 'sample' is not known": lambda f: rewrite(f / "scheduler" / "scheduler_config.json", prediction_type="sample"),
     "beta schedule 'odd' is not known": lambda f: rewrite(f / "scheduler" / "scheduler_config.json", beta_schedule="odd"),

@@ -28,8 +28,8 @@ from expunge.core.machine.devices import reseeded
 from expunge.core.stats import wilson
 from expunge.engine.run import Attempt
 from expunge.modalities.worlds import World, cache_folder, world
+from expunge.parts.seal import strict
 from expunge.planning.outcome import audited, examined
-from expunge.report.table import strict
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {"classification": sabotage.FAMILIES, "causal_lm": sabotage_texts.FAMILIES}
 """Task -> its tricks."""

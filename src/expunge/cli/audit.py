@@ -93,8 +93,9 @@ def _check(report: str, model: str, patch: str, after: str, options: Mapping[str
     from expunge.core.errors import ReportError, printable
     from expunge.core.modality import Request, named
     from expunge.core.patch import Patch
+    from expunge.parts import seal
     from expunge.planning import identity
-    from expunge.report import seal, table
+    from expunge.report import table
 
     document = seal.read(report, secret)
     nets = [None, None]

@@ -47,7 +47,7 @@ def bench(
     import torch
 
     from expunge.core.errors import SettingError
-    from expunge.report.table import strict
+    from expunge.parts.seal import strict
 
     torch.set_num_threads(1)
     chosen = tuple(filter(None, scenarios.split(",")))

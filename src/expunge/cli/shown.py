@@ -56,7 +56,8 @@ def understood(opened: Any, anyway: bool, as_json: bool) -> None:
 
 def show(document: Any, as_json: bool) -> None:
     """The report's table, or JSON: that of a report without its pictures, sealed anew."""
-    from expunge.report import seal, table
+    from expunge.parts import seal
+    from expunge.report import table
 
     if as_json:
         if isinstance(document, dict):

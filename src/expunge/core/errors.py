@@ -22,12 +22,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000
+"""Most characters of a message: what a file holds may be named in it, and a name may be as long as the file."""
+
 
 class ExpungeError(ValueError):
-    """Something a user can mend. The message is one line; what does not print in it is escaped (`printable`)."""
+    """Something a user can mend. The message is one line of at most LONGEST characters; what does not print in it is escaped (`printable`)."""
 
     def __init__(self, *words: object) -> None:
-        super().__init__(*(printable(w) if isinstance(w, str) else w for w in words))
+        super().__init__(*(_short(printable(w)) if isinstance(w, str) else w for w in words))
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 405]} ... {message[-400:]}"
 
 
 class SplitError(ExpungeError):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from expunge.core.edits import raw
-from expunge.core.errors import DataError, ExpungeError, PatchError
+from expunge.core.errors import DataError, ExpungeError, PatchError, first_line
 
 
 def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = PatchError) -> Path:
@@ -144,6 +144,25 @@ def unsealed_json(path: Path, error: type[ExpungeError], broken: str, most: int 
     if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), found.encode()):
         raise error(f"{path.name} was changed after it was written: its content does not match its checksum")
     return doc
+
+
+def json_object(path: Path, error: type[ExpungeError], most: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object of a file that another library wrote. Raises `error` for one that cannot be read, is larger than `most` bytes, or holds none."""
+    try:
+        if path.stat().st_size > most:
+            raise error(f"{path.name} of {path.parent.name} is larger than {most} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as why:
+        raise error(f"cannot read {path.name} of {path.parent.name}: {why.strerror or why}") from None
+    except RecursionError:
+        raise error(f"cannot read {path.name} of {path.parent.name}: it is nested too deeply") from None
+    except ValueError as why:
+        if isinstance(why, error):
+            raise
+        raise error(f"cannot read {path.name} of {path.parent.name}: {first_line(why)}") from None
+    if not isinstance(found, dict):
+        raise error(f"{path.name} of {path.parent.name} is no JSON object")
+    return found
 
 
 def doubled(pairs: Sequence[tuple[str, Any]]) -> str:

@@ -34,9 +34,10 @@ from expunge.engine.results import Source, edited, released
 from expunge.engine.rounding import alike
 from expunge.engine.run import Attempt, preflight, unlearn
 from expunge.engine.sound import ALL, broken, unsound
+from expunge.parts import seal
 from expunge.planning.identity import data, identity
 from expunge.planning.plants import Progress, controls, recipe_of
-from expunge.report import html, seal, table
+from expunge.report import html, table
 from expunge.report import pictures as shown_by
 from expunge.report.front import front
 
@@ -181,7 +182,7 @@ class Verdict:
         return f'<iframe srcdoc="{escape(html.render(self.document()))}" width="100%" height="700" style="border:0"></iframe>'
 
     def save(self, folder: Path | str, title: str = "Unlearning report", key: bytes | None = None, document: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write report.html, report.json and, if a patch was chosen, patch.safetensors to a folder; returns the document. The JSON is sealed (`report.seal`);
+        """Write report.html, report.json and, if a patch was chosen, patch.safetensors to a folder; returns the document. The JSON is sealed (`parts.seal`);
         with `key` it and the patch are signed.
 
         document    written instead of `self.document(title)`, with the patch's file name and the seal added

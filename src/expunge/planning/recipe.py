@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import RecipeError, SettingError, suggest
+from expunge.core.errors import RecipeError, SettingError, first_line, suggest
 from expunge.core.files import inside
 from expunge.core.machine.bounds import seed_of
 from expunge.core.modality import MODALITIES, Option, Request, meant, named
@@ -79,8 +79,10 @@ def read(path: Path | str) -> Recipe:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read {path.name}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path.name} is not TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path.name} is not TOML: it is nested too deeply") from None
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
+        raise RecipeError(f"{path.name} is not TOML: {first_line(error)}") from None
     common, further = {f.name: f for f in fields(Recipe) if f.name not in ("folder", "options")}, options()
     raw["settings"] = raw.pop("with", {})
     kinds = {name: str(f.type).split("[")[0] for name, f in common.items()} | {name: type(found[0].default).__name__ for name, found in further.items()}

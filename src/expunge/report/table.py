@@ -6,8 +6,6 @@ A document is the JSON-able dict of `outcome.Verdict.document`; every key but it
 from __future__ import annotations
 
 import json
-import math
-import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.files import write as write_file
+from expunge.parts.seal import strict
 from expunge.report import glance, layout
 from expunge.report.cells import MISSING, finite, interval, items, mapping, number, plain, texts
 
@@ -281,19 +280,6 @@ def show(document: Mapping[str, Any], width: int = 200) -> Any:
             mark = Text(f"{state:8}", style=COLOURS.get(state, ""))
             rest.append(Padding(mark.append(text, style="default" if row else "bold default"), (0, 0, 0, 4 if row else 2)))
     return Group(first(document, width), Text(""), *rest, *_indented(filter(None, [glance.absent(document)])))
-
-
-def strict(value: Any) -> Any:
-    """The same structure with nan and infinities as None, tuples as lists, keys as text, NumPy scalars as numbers."""
-    if isinstance(value, (bool, str)) or value is None:
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): strict(v) for k, v in value.items()}
-    return [strict(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def dump(document: Mapping[str, Any]) -> str:

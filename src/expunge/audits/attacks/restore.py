@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,15 @@ def restore(p: Probe) -> list[Row]:
             return p.once(("restore", name, id(p.before), p.seed), model, lambda: recalled(p, attack(p, model)))
 
         mine = read(p.after)
-        rows.append(excess(mine, [read(r) for r in p.references], f"restore.{name}", f"{what} {mine[0]:.3g}"))
+        row = excess(mine, [read(r) for r in p.references], f"restore.{name}", f"{what} {mine[0]:.3g}")
+        rows.append(apart_from_one(row) if name == "average" and len(p.references) == 1 else row)
     return rows
+
+
+def apart_from_one(row: Row) -> Row:
+    """The row, its interval open to both sides: what the mean of two models that were trained apart still knows differs too much between retrained models (on
+    MNIST from 0 to 0.8 of a removed class, with a standard deviation of 0.2) to be read against one of them."""
+    return replace(row, low=-1.0, high=1.0, note=f"{row.note}; it differs much between retrained models, and there is one: give a second")
 
 
 @check(tasks=("classification", "causal_lm"), needs=("forget", "retain", "test"), reference=True, slow=True)

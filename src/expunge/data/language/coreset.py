@@ -26,7 +26,6 @@ Check
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,8 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from expunge.core.errors import DataError, SettingError, SplitError, suggest
-from expunge.core.files import write
+from expunge.core.errors import DataError, SettingError, SplitError, first_line, suggest
+from expunge.core.files import seal_json, unsealed_json, write
 from expunge.core.guard import quiet
 from expunge.core.types import Split, Task
 from expunge.modalities.language.task import blocks, buckets, collate, hidden
@@ -66,19 +65,19 @@ class Core:
     data: str = ""
 
     def save(self, path: Path | str) -> Path:
-        """Write as JSON."""
-        return write(path, json.dumps(asdict(self), indent=1) + "\n")
+        """Write as sealed JSON."""
+        return write(path, seal_json(asdict(self)) + "\n")
 
     @staticmethod
     def load(path: Path | str, data: Texts | None = None) -> Core:
         """Read what `save` wrote. Raises DataError for a damaged file, or one that was made for other data than `data`."""
         name = Path(path).name
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = unsealed_json(Path(path), DataError, "is no core")
             core = Core(**{f.name: tuple(found[f.name]) if isinstance(found[f.name], list) else found[f.name] for f in fields(Core)})
             whole = sorted(core.kept + core.pruned) == list(range(len(core.scores)))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"cannot read {name} as a core: {error}") from None
+        except (KeyError, TypeError) as error:
+            raise DataError(f"cannot read {name} as a core: {first_line(error)}") from None
         if not whole:
             raise DataError(f"{name} is damaged: kept and pruned are not all items, each once")
         if data is not None:

@@ -10,7 +10,6 @@ embedding, which is no text that cross-attention reads (`modalities.diffusion.ta
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import DataError, ModelError, first_line
+from expunge.core.files import json_object
 from expunge.core.machine import devices
 from expunge.core.types import device_of
 from expunge.modalities.diffusion.task import Painting, Schedule, diffusion
@@ -172,15 +172,7 @@ def configuration(path: Path, folder: Path, library: str = "diffusers") -> dict[
         raise ModelError(f"no folder {folder}; name one that save_pretrained of {library} wrote")
     if not path.is_file():
         raise ModelError(f"{folder.name} holds no {path.name}: it is no folder that save_pretrained of {library} wrote")
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ModelError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path.name} of {folder.name}: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.name} of {folder.name} is no JSON object")
-    return found
+    return json_object(path, ModelError, MAX_BYTES)
 
 
 def part(folder: Path, name: str, reader: Any, dtype: torch.dtype | None, finite: bool = True) -> nn.Module:

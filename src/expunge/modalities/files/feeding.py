@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from expunge.core.errors import DataError, first_line
+from expunge.core.errors import DataError
+from expunge.core.files import json_object
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 """Pillow's filters by timm's names."""
@@ -116,13 +117,7 @@ def wanted(model: nn.Module | None, folder: Path | None = None) -> Feed | None:
     """What a model's own files or configuration ask for: preprocessor_config.json beside it, or timm's `pretrained_cfg` (`default_cfg`) on it. None where
     neither is there. Raises DataError for a step that cannot be followed."""
     if folder is not None and (path := folder / "preprocessor_config.json").is_file():
-        try:
-            if path.stat().st_size > 1 << 20:
-                raise DataError(f"{path.name} is larger than 1 MiB")
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {path.name}: {first_line(error)}") from None
-        return hugging(found, path.name)
+        return hugging(json_object(path, DataError, 1 << 20), path.name)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     return timm(config) if isinstance(config, Mapping) and "mean" in config else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError, first_line, printable
+from expunge.core.files import json_object
 from expunge.modalities.quietly import fitting, quietly
 
 ENDING = "ForImageClassification"
@@ -29,11 +29,8 @@ def is_folder(spec: str, folder: Path | None = None) -> bool:
 
 def configured(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Raises ModelError where it is none of an image classifier."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read config.json of {folder.name}: {first_line(error)}") from None
-    kinds = found.get("architectures") if isinstance(found, dict) else None
+    found = json_object(folder / "config.json", ModelError)
+    kinds = found.get("architectures")
     if not isinstance(kinds, list) or not any(str(k).endswith(ENDING) for k in kinds):
         said = printable(str(kinds[0])) if isinstance(kinds, list) and kinds else "no model that its configuration names"
         raise ModelError(f"{folder.name} holds {said}, no image classifier ({ENDING}): its head would be drawn at random")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import DataError, first_line, printable, suggest
+from expunge.modalities import strict_json
+from expunge.parts import seal
 
 MAX_BYTES = 1 << 28
 """Largest report that a schema is read from: 256 MiB."""
@@ -74,15 +76,17 @@ def from_record(found: Any, name: str) -> Schema:
 
 
 def read(path: Path) -> Schema:
-    """The schema that an earlier run's report.json holds, or a file of its own. Raises DataError."""
+    """The schema that an earlier run's report.json holds, or a file of its own. Raises DataError, and ReportError for a report that was changed."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path.name} is larger than {MAX_BYTES} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        document = strict_json.parsed(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read a schema from {path.name}: {first_line(error)}") from None
-    data = document.get("data") if isinstance(document, dict) else None
-    return from_record(data.get("schema") if isinstance(data, dict) else document, path.name)
+    if not isinstance(document, dict) or "data" not in document:
+        return from_record(document, path.name)
+    data = seal.read(path)["data"]
+    return from_record(data.get("schema") if isinstance(data, dict) else None, path.name)
 
 
 def natural(word: str) -> tuple:

@@ -126,7 +126,10 @@ def column(values: Any, name: str, what: str) -> np.ndarray:
     if pa.types.is_decimal(t):
         return np.asarray(values.cast(pa.float64()).to_numpy())
     if pa.types.is_string(t) or pa.types.is_large_string(t):
-        return np.asarray(values.to_pylist(), dtype=object)
+        try:
+            return np.asarray(values.to_pylist(), dtype=object)
+        except UnicodeDecodeError:
+            raise DataError(printable(f"column '{name}' of {what} holds text that is not in UTF-8")) from None
     return np.asarray([str(t)] * len(values), dtype=object)
 
 

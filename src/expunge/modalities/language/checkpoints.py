@@ -8,7 +8,6 @@ folder where the patch is low rank.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import warnings
@@ -20,6 +19,7 @@ from torch import nn
 
 from expunge.core.edits import LowRank
 from expunge.core.errors import ModelError, first_line, printable
+from expunge.core.files import json_object
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import quietly
@@ -134,10 +134,9 @@ def causal(folder: Path) -> bool:
     """Whether a folder says that it holds a causal language model, or an adapter of one."""
     try:
         if is_adapter(folder):
-            found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            return isinstance(found, dict) and found.get("task_type") in (None, "CAUSAL_LM")
+            return json_object(folder / "adapter_config.json", ModelError).get("task_type") in (None, "CAUSAL_LM")
         return (folder / "config.json").is_file() and bool(_known().intersection(_kinds(folder)))
-    except (OSError, ValueError, RecursionError, ModelError):
+    except ModelError:
         return False
 
 
@@ -148,18 +147,15 @@ def _known() -> set[str]:
 
 
 def _kinds(folder: Path) -> list[str]:
-    try:
-        return [str(k) for k in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []]
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(f"cannot read config.json of {folder.name}: {first_line(error)}") from None
+    kinds = json_object(folder / "config.json", ModelError).get("architectures")
+    return [str(k) for k in kinds] if isinstance(kinds, list) else []
 
 
 def _base(folder: Path, within: Path | None = None) -> Path:
     """The folder of the model that an adapter folder stands on: a path from here (or from `within`, which it may not leave), or from the adapter."""
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read adapter_config.json of {folder.name}: {error}") from None
+    base = json_object(folder / "adapter_config.json", ModelError).get("base_model_name_or_path") or ""
+    if not isinstance(base, str) or "\0" in base or len(base) > 1024:
+        raise ModelError(f"adapter_config.json of {folder.name} names no base_model_name_or_path")
     place = next((p for p in (Path(within or ""), folder) if (p / base).is_dir()), folder) / base
     if not base or not place.is_dir() or place.resolve() == folder.resolve():
         raise ModelError(f"{folder.name} is an adapter over '{base}', which is no folder here; load the base and name the adapter with it")
@@ -231,7 +227,7 @@ def _adapter(model: nn.Module, patch: Patch, out: Path, base: str, root: Path) -
             first, root = root, _base(root)
             if is_adapter(root):
                 raise ModelError(f"{first.name} is an adapter over an adapter: release it merged")
-            said = json.loads((first / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            said = json_object(first / "adapter_config.json", ModelError)["base_model_name_or_path"]
             model, _ = load(root)
             patch = adapter_files.joined(adapter_files.read(copy.deepcopy(model), first), patch)
         over = adapter_files.wrapped(model, patch, said)

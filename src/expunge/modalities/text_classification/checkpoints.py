@@ -7,7 +7,6 @@ head is refused.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError, SettingError, first_line
+from expunge.core.files import json_object
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import fitting, quietly
@@ -43,13 +43,10 @@ def configured(folder: Path | str) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"no folder {folder.name}; name one that save_pretrained wrote")
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read config.json of {folder.name}: {first_line(error)}") from None
-    kinds = found.get("architectures") if isinstance(found, dict) else ["no model"]
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder.name} holds no config.json: it is no folder that save_pretrained wrote")
+    found = json_object(folder / "config.json", ModelError)
+    kinds = found.get("architectures")
     kinds = kinds if isinstance(kinds, list) and kinds else ["nothing that its configuration names"]
     if not any(str(kind).endswith(ENDING) for kind in kinds):
         raise ModelError(f"{folder.name} holds {kinds[0]}, no text classifier: its head would be drawn at random; fine-tune it as one ({ENDING}) first")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
+import numbers
 import re
 import stat
 from collections.abc import Mapping
@@ -17,11 +19,23 @@ from typing import Any
 
 from expunge.core.errors import ReportError, printable
 from expunge.core.files import doubled
-from expunge.report.table import strict
 
 SEAL = ("sha256", "hmac")
 MAX_BYTES = 1 << 28
 """Largest report that is read: 256 MiB."""
+
+
+def strict(value: Any) -> Any:
+    """The same structure with nan and infinities as None, tuples as lists, keys as text, NumPy scalars as numbers."""
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): strict(v) for k, v in value.items()}
+    return [strict(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def canonical(document: Mapping[str, Any]) -> str:
