@@ -268,7 +268,7 @@ def test_keys_and_names(tmp_path, capsys):
 
     for content in (b"", b"\n", b"  \n"):
         (tmp_path / "key").write_bytes(content)
-        with pytest.raises(DataError, match="key file .* is empty"):
+        with pytest.raises(DataError, match=r"key file .* is empty"):
             key(str(tmp_path / "key"))
     Patch((Replace("a\x1b[2Jb", torch.zeros(1)),), {"method": "\x1b]0;title\x07"}).save(tmp_path / "p.safetensors")
     inspect(str(tmp_path / "p.safetensors"))

@@ -131,3 +131,21 @@ def test_recipes_leave_a_log_where_their_results_go(tmp_path, monkeypatch):
             run(str(tmp_path / "r.toml"), as_json=True)
         assert (tmp_path / "there").exists() == (error is ModelError), "a mistake of the user leaves nothing"
     assert [line.split(": ")[-1] for line in lines(tmp_path / "there")[1:]] == ["hello", "ended by ModelError"]
+
+
+def test_a_programs_own_handlers_hear_what_they_asked_for():
+    """A handler on the root logger, as `logging.basicConfig` of any library leaves one, takes all levels: it must not be told of what only a run.log wants."""
+    heard, said = [], []
+    root, old = logging.getLogger(), logging.getLogger("expunge").propagate
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append((record.levelname, record.getMessage()))
+    root.addHandler(handler)
+    try:
+        with log.heard(said.append, logging.DEBUG), log.heard(said.append):
+            for level in ("debug", "info", "warning"):
+                getattr(logging.getLogger("expunge.test"), level)(level)
+        logging.getLogger("expunge.test").warning("after")
+    finally:
+        root.removeHandler(handler)
+    assert heard == [("WARNING", "warning"), ("WARNING", "after")] and logging.getLogger("expunge").propagate == old
+    assert said.count("debug") == 1 and said.count("info") == said.count("warning") == 2

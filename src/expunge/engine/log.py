@@ -46,17 +46,24 @@ class Stream:
 def heard(say: Callable[[str], None], level: int = logging.INFO, form: str = "%(message)s") -> Iterator[None]:
     """Inside, `say` is called with each message of at least this level that this thread logs under `expunge`; messages of other threads are of other runs."""
     logger, mine = logging.getLogger("expunge"), threading.get_ident()
-    handler, before = logging.StreamHandler(Stream(say)), logger.level
+    handler, before, up = logging.StreamHandler(Stream(say)), logger.level, logger.propagate
+    upwards = logging.Handler(logger.getEffectiveLevel())
+    upwards.emit = lambda record: logger.parent.callHandlers(record) if logger.parent is not None else None
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter(form))
     handler.addFilter(lambda record: record.thread == mine)
+    if up:  # handlers of the program's own are told what they would have been told without this one
+        logger.addHandler(upwards)
+        logger.propagate = False
     logger.addHandler(handler)
     logger.setLevel(min(level, logger.getEffectiveLevel()))
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.removeHandler(upwards)
         logger.setLevel(before)
+        logger.propagate = up
 
 
 @contextmanager
