@@ -27,7 +27,7 @@ from expunge.audits.core import Probe
 from expunge.core.digest import model_digest
 from expunge.core.errors import ModelError
 from expunge.core.stats import bootstrap, matched, wilson
-from expunge.core.types import spread
+from expunge.core.types import measured, vectors
 from expunge.engine.sound import ALL, broken
 from expunge.parts.provenance import Reference
 
@@ -165,12 +165,12 @@ def knowledge(p: Probe, model: nn.Module) -> tuple[str, float, float]:
 def _looks(p: Probe, rows: Tensor) -> float:
     """min(1, g / t): how well the labels of forget follow from their inputs, against those of the unseen `rows`; 1 where inputs have names (texts)."""
     parts = [p.split.retain, p.split.forget, p.split.test.take(rows)]
-    if not all(isinstance(part.x, Tensor) and part.x.is_floating_point() for part in parts):
+    if not all(measured(part.x) for part in parts):
         return 1.0
 
     def flat(part: Any, most: int) -> tuple[Tensor, Tensor]:
-        some = part.take(spread(len(part), most))
-        return some.x.flatten(1).float(), some.y
+        some, x = vectors(part, most)
+        return x, some.y
 
     def agree() -> float:
         (x, y), *asked = flat(parts[0], NEAR), flat(parts[1], SOME), flat(parts[2], SOME)

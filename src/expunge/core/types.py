@@ -54,6 +54,23 @@ def each(function: Callable[[Tensor], Any], x: Any) -> Any:
     return {name: function(t) for name, t in x.items()} if isinstance(x, Mapping) else function(x)
 
 
+WHOLE = 1 << 28
+"""Most bytes of inputs that are brought into memory together where they are read as they are needed: 256 MiB."""
+
+
+def measured(x: Any) -> bool:
+    """Whether distances between inputs can be taken: a floating tensor, or such inputs that are read as they are needed (`modalities.stored`)."""
+    return (isinstance(x, Tensor) or hasattr(x, "fetch")) and x.is_floating_point()
+
+
+def vectors(data: Any, most: int) -> tuple[Any, Tensor]:
+    """(records evenly apart, at most `most` of them, and of inputs that are not held no more than WHOLE bytes; their inputs (n, D) in float32)."""
+    if not isinstance(data.x, Tensor):
+        most = max(1, min(most, WHOLE * len(data) // max(1, data.x.nbytes)))
+    some = data.take(spread(len(data), most))
+    return some, (some.x if isinstance(some.x, Tensor) else some.x[:]).flatten(1).float()
+
+
 def held(data: Any) -> bool:
     """Whether data is held in memory: a record type of a modality, whose rows have keys and ids, as `modalities.examples.Examples` has."""
     return hasattr(type(data), "take") and hasattr(type(data), "keys")

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.core.types import Split
+from expunge.modalities.stored import Stored
 
 LIKE = {8: 0.95, 16: 0.98}
 LEAST = 8
 """Fewest columns of a table whose rows are compared: in fewer, rows of different people are alike."""
+READ = 256
+"""Inputs that are read at once where they are not held in memory."""
 BLOCK = 1 << 22
 """Most likenesses that are held at once."""
 
@@ -33,12 +36,15 @@ def inputs(split: Split) -> list[tuple[int, int, float]] | None:
     None where inputs cannot be compared: no retain, several tensors by name, other shapes, tables of few columns.
     """
     gone, kept = (getattr(part, "x", None) for part in (split.forget, split.retain))
-    if not (isinstance(gone, Tensor) and isinstance(kept, Tensor)) or gone.shape[1:] != kept.shape[1:]:
+    if not all(isinstance(x, (Tensor, Stored)) for x in (gone, kept)) or gone.shape[1:] != kept.shape[1:]:
+        return None
+    if gone.ndim == 2 and not (isinstance(gone, Tensor) and isinstance(kept, Tensor)):
         return None
     if gone.ndim < 2 or (gone.ndim == 2 and gone.shape[1] < LEAST):
         return None
     coarse, fine, first = _tabled(kept) if gone.ndim == 2 else _pictured()
-    small, large, step = coarse(gone, False), fine(gone, False), max(1, BLOCK // len(gone))
+    small, large, step = in_blocks(gone, coarse), in_blocks(gone, fine), max(1, BLOCK // len(gone))
+    step = min(step, READ) if isinstance(kept, Stored) else step
     found: list[tuple[int, int, float]] = []
     for start in range(0, len(kept), step):
         block = kept[start : start + step]
@@ -49,6 +55,11 @@ def inputs(split: Split) -> list[tuple[int, int, float]] | None:
             pairs = zip(split.forget.ids[which].tolist(), split.retain.ids[start + rows].tolist(), likeness.clamp_max(1.0).tolist(), strict=True)
             found += [pair for pair in pairs if pair[2] >= LIKE[16]]
     return sorted(found, key=lambda pair: (-pair[2], pair[1]))
+
+
+def in_blocks(x: Tensor | Stored, vectors: Vectors) -> Tensor:
+    """The vectors of all records to forget."""
+    return vectors(x, False) if isinstance(x, Tensor) else torch.cat([vectors(x[k : k + READ], False) for k in range(0, len(x), READ)])
 
 
 Vectors = Callable[[Tensor, bool], Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.core.types import spread
+from expunge.core.types import measured, spread, vectors
 
 NEAREST = 5
 """Nearest kept records that are asked what label a record would have."""
@@ -23,10 +23,12 @@ MOST = 2048
 def neighbours(data: Any, kept: Any) -> Tensor | None:
     """(n,) the label that most of the NEAREST records of `kept` have, by distance between inputs: what can be said of a record without having seen it. None
     where inputs have no distance."""
-    if kept is None or not isinstance(getattr(data, "x", None), Tensor) or not data.x.is_floating_point():
+    if kept is None or not measured(getattr(data, "x", None)):
         return None
-    kept = kept.take(spread(len(kept), MOST))
-    near = torch.cdist(data.x.flatten(1).float(), kept.x.flatten(1).float()).topk(min(NEAREST, len(kept)), largest=False).indices
+    kept, base = vectors(kept, MOST)
+    step = len(data) if isinstance(data.x, Tensor) else data.at_once
+    blocks = [data.x[k : k + step].flatten(1).float() for k in range(0, len(data), max(1, step))]
+    near = torch.cat([torch.cdist(x, base).topk(min(NEAREST, len(kept)), largest=False).indices for x in blocks])
     return kept.y[near].mode(1).values
 
 

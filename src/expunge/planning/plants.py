@@ -20,7 +20,7 @@ from expunge.core.errors import ExpungeError, SettingError, SplitError
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.stats import matched
-from expunge.core.types import Data, Split, Task, concat, held
+from expunge.core.types import Data, Split, Task, concat, held, measured
 from expunge.engine.jobs import map_jobs
 from expunge.engine.run import Attempt
 from expunge.parts.reading import score
@@ -109,12 +109,12 @@ def _pool(split: Split, seed: int) -> tuple[Data, str]:
 def follows(retain: Data, data: Data, near: int = 5, most: int = 500) -> tuple[int, int]:
     """(how many of at most `most` records have the label that most of their nearest kept inputs have, of how many); (0, 0) where inputs have names or there is
     no label."""
-    there = [
-        isinstance(part.x, Tensor) and part.x.is_floating_point() and not part.y.is_floating_point() if hasattr(part, "x") else False for part in (retain, data)
-    ]
-    if not all(there):
+    if not all(measured(getattr(part, "x", None)) and not part.y.is_floating_point() for part in (retain, data)):
         return 0, 0
-    x, asked = retain.x[:5000].flatten(1).float(), data.x[:most].flatten(1).float()
+    if not isinstance(retain.x, Tensor):
+        most = min(most, data.at_once)
+    x = (retain.x if isinstance(retain.x, Tensor) else retain.x[: retain.at_once])[:5000].flatten(1).float()
+    asked = data.x[:most].flatten(1).float()
     votes = retain.y[torch.cdist(asked, x).topk(min(near, len(x)), largest=False).indices].mode(1).values
     return int((votes == data.y[:most]).sum()), len(asked)
 

@@ -12,9 +12,11 @@ import torch
 
 from expunge.core.errors import DataError, printable
 from expunge.modalities.examples import Examples
+from expunge.modalities.files import index
 from expunge.modalities.files import schema as schemas
 from expunge.modalities.files.feeding import Feed, fed, from_record
 from expunge.modalities.files.schema import Schema, natural
+from expunge.modalities.stored import Stored, room
 
 LITTER = {"thumbs.db", "desktop.ini"}
 """Files that systems leave in folders; those whose name begins with a dot are passed over, too."""
@@ -24,9 +26,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 PARTS = {"train", "training", "test", "val", "valid", "validation", "eval"}
 """Folder names that are parts of a data set, not classes."""
-
-MAX_BYTES = 1 << 36
-"""Most bytes that the inputs of an image folder may take in memory: 64 GiB."""
 
 
 def read(path: Path, options: Mapping[str, str], feed: Feed, known: Schema | None, classes: tuple[str, ...] = (), inside: bool = False) -> Examples:
@@ -58,31 +57,38 @@ def read(path: Path, options: Mapping[str, str], feed: Feed, known: Schema | Non
     label = {name: k for k, name in enumerate(numbers)}
     if known is not None and known.feed:
         feed = from_record(known.feed)
-    inputs, labels, names, depth = np.empty(0, np.float32), [], [], ""
-    total = sum(map(len, found.values()))
-    for name, files in found.items():
-        for file in files:
-            said = f"{name}/{file.relative_to(path / name).as_posix()}"
-            image, peak, kind = opened(file, said)
-            kind = kind if not feed.channels or image.mode == "F" else "8-bit"
-            if depth and kind != depth:
-                raise DataError(f"image {printable(said)} is {kind}, the ones before are {depth}; bring all to one kind, or name --channels 3 (or 1)")
-            depth = kind
-            x = fed(image, peak, feed, printable(said))
-            if not names:
-                if total * x.nbytes > MAX_BYTES:
-                    raise DataError(f"{total:,} images of shape {x.shape} take {total * x.nbytes:,} bytes, more than {MAX_BYTES:,}; name a smaller --size")
-                inputs = np.empty((total, *x.shape), np.float32)
-            if x.shape != inputs.shape[1:]:
-                raise DataError(f"image {printable(said)} is {x.shape}, the others are {inputs.shape[1:]}; bring all to one size, or name --size")
-            inputs[len(names)] = x
-            labels.append(label[name])
-            names.append(said)
-    x = torch.from_numpy(inputs)
-    mine = Schema("images", tuple(x.shape[1:]), tuple(numbers), depth=depth, feed=feed.record(), range=(float(x.min()), float(x.max())))
+    every = [(f"{name}/{file.relative_to(path / name).as_posix()}", file, label[name]) for name, files in found.items() for file in files]
+    depth = ""
+
+    def one(said: str, file: Path) -> np.ndarray:
+        """An image as the model wants it, of the depth and shape that the others have."""
+        nonlocal depth
+        image, peak, kind = opened(file, said)
+        kind = kind if not feed.channels or image.mode == "F" else "8-bit"
+        if depth and kind != depth:
+            raise DataError(f"image {printable(said)} is {kind}, the ones before are {depth}; bring all to one kind, or name --channels 3 (or 1)")
+        x = fed(image, peak, feed, printable(said))
+        if depth and x.shape != first.shape:
+            raise DataError(f"image {printable(said)} is {x.shape}, the others are {first.shape}; bring all to one size, or name --size")
+        depth = kind
+        return x
+
+    first = one(*every[0][:2])
+    y = torch.tensor([k for _, _, k in every])
+    if len(every) * first.nbytes > room(options.get("memory", "")):
+        facts, depth = index.read(path, every, one, {"feed": feed.record(), "shape": list(first.shape), "depth": depth})
+        x: Any = Stored(index.fetched(every, one), torch.arange(len(every)), tuple(first.shape), torch.float32, facts)
+        ends = min(f.low for f in facts), max(f.high for f in facts)
+    else:
+        inputs = np.empty((len(every), *first.shape), np.float32)
+        for k, (said, file, _) in enumerate(every):
+            inputs[k] = one(said, file)
+        x = torch.from_numpy(inputs)
+        ends = float(x.min()), float(x.max())
+    mine = Schema("images", tuple(x.shape[1:]), tuple(numbers), depth=depth, feed=feed.record(), range=ends)
     if known is not None:
         schemas.held(mine, known, path.name)
-    return Examples(x, torch.tensor(labels), torch.arange(len(labels)), names=dict(enumerate(names)), schema=known or mine)
+    return Examples(x, y, torch.arange(len(every)), names={k: said for k, (said, _, _) in enumerate(every)}, schema=known or mine)
 
 
 def _files(folder: Path, root: Path, inside: bool) -> list[Path]:

@@ -18,6 +18,7 @@ from expunge.modalities.files.feeding import Feed, fed, from_record
 from expunge.modalities.files.images import plain
 from expunge.modalities.files.schema import Schema
 from expunge.modalities.files.tables import assembled, identified, numbered, targets
+from expunge.modalities.stored import Stored, fact, room
 
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "features", "data")
 TARGETS = ("y", "label", "labels", "target", "targets", "fine_label")
@@ -76,7 +77,10 @@ def _described(data: Examples, labelled: bool, known: Schema | None, what: str) 
 
 
 def _schema(x: Tensor, names: tuple[str, ...], feed: Any, known: Schema | None, kind: str = "data") -> Schema:
-    ends = (float(x.min()), float(x.max())) if x.numel() else (0.0, 0.0)
+    if isinstance(x, Stored):
+        ends = min(f.low for f in x.facts), max(f.high for f in x.facts)
+    else:
+        ends = (float(x.min()), float(x.max())) if x.numel() else (0.0, 0.0)
     return Schema(kind, tuple(x.shape[1:]), names, depth=known.depth if known else "", feed=feed, range=ends)
 
 
@@ -124,6 +128,8 @@ def _array(values: Any, what: str) -> np.ndarray:
 
 def _inputs(values: Any, feed: Feed, what: str) -> tuple[Tensor, bool]:
     """(N, ...) inputs; Pillow images are fed by `feed`, and the second says whether they were."""
+    if isinstance(values, Stored):
+        return values, False  # pyright: ignore[reportReturnType]
     first = values[0] if isinstance(values, (list, tuple)) and len(values) else None
     if first is not None and hasattr(first, "getbands"):
         rows, depth = [], ""
@@ -249,8 +255,12 @@ def _mapped(value: Any, options: Any, labelled: bool, known: Schema | None, feed
         first, again = (_pair(value[0], options, what) for _ in range(2))
     if not _same(first[0], again[0]):
         raise DataError(f"record 0 of {what} is another each time it is read (random augmentation?); give the data set without random transforms")
-    pairs = [_pair(value[k], options, what) for k in range(len(value))]
-    x, y = [p[0] for p in pairs], [p[1] for p in pairs]
+    one = _inputs([first[0]], feed, what)[0]
+    if len(value) * one.nbytes > room(options.get("memory", "")):
+        x, y = _stored(value, options, feed, what, one)
+    else:
+        pairs = [_pair(value[k], options, what) for k in range(len(value))]
+        x, y = [p[0] for p in pairs], [p[1] for p in pairs]
     ids, base = _beneath(value)
     names = getattr(base, "classes", None)
     brought = tuple(map(str, names)) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else ()
@@ -260,6 +270,26 @@ def _mapped(value: Any, options: Any, labelled: bool, known: Schema | None, feed
     files = getattr(base, "samples", None)
     called = {int(i): str(files[int(i)][0]) for i in ids} if isinstance(files, list) and files and isinstance(files[0], tuple) else None
     return _paired(x, labels, ids, options, labelled, known, feed, classes or brought, what, called)
+
+
+def _stored(value: Any, options: Any, feed: Feed, what: str, one: Tensor) -> tuple[Stored, list[Any]]:
+    """(inputs of a map-style data set that are read as they are needed, its targets), each record read once."""
+
+    def fetch(k: int) -> Tensor:
+        return _inputs([_pair(value[k], options, what)[0]], feed, f"record {k} of {what}")[0][0]
+
+    facts, y = [], []
+    for k in range(len(value)):
+        given, target = _pair(value[k], options, what)
+        x = _inputs([given], feed, f"record {k} of {what}")[0][0]
+        if x.shape != one.shape[1:]:
+            raise DataError(f"record {k} of {what} is {tuple(x.shape)}, the first is {tuple(one.shape[1:])}")
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise DataError(f"record {k} of {what} holds inputs that are not finite")
+        y.append(target)
+        label = target if isinstance(target, Tensor) else torch.as_tensor(target) if isinstance(target, (int, float)) else torch.tensor(float("nan"))
+        facts.append(fact(x, label if label.ndim == 0 else torch.tensor(float("nan"))))
+    return Stored(fetch, torch.arange(len(value)), tuple(one.shape[1:]), one.dtype, facts), y
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -19,5 +19,10 @@ OPTIONS = (
     Option("std", "", "Images: their standard deviation."),
     Option("size", "", "Images: 224, or HEIGHTxWIDTH, to which they are resized."),
     Option("channels", "", "Images: 3 repeats grey, 1 makes colour grey."),
+    Option(
+        "memory",
+        "",
+        "Most bytes of inputs held in memory, as 4G (a quarter of the machine's): images and data sets above it are read as needed.",
+    ),
     Option("schema", "", "report.json of an earlier run, to whose columns, classes and preprocessing the data is held."),
 )

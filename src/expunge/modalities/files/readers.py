@@ -17,10 +17,10 @@ from expunge.modalities.files.models import call
 from expunge.modalities.files.schema import Schema
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "py": ("x", *tables.OPTIONS, *feeding.OPTIONS),
+    "py": ("x", *tables.OPTIONS, *feeding.OPTIONS, "memory"),
     "csv": tables.OPTIONS,
     "parquet": tables.OPTIONS,
-    "images": ("classes", *feeding.OPTIONS),
+    "images": ("classes", *feeding.OPTIONS, "memory"),
     "datasets": ("x", "split", *tables.OPTIONS, *feeding.OPTIONS),
     "world": (),
 }

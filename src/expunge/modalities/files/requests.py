@@ -19,7 +19,7 @@ from expunge.modalities.files import schema as schemas
 from expunge.modalities.records import mislabelled
 from expunge.parts.provenance import referred
 
-PASSED = {"id_column": "id", "ignore": "ignore", "classes": "classes", "mean": "mean", "std": "std", "size": "size", "channels": "channels",
+PASSED = {"id_column": "id", "ignore": "ignore", "classes": "classes", "mean": "mean", "std": "std", "size": "size", "channels": "channels", "memory": "memory",
           "target": "target", "x": "x", "columns": "columns"}  # fmt: skip
 """Option of the command line -> what a data spec calls it."""
 
@@ -65,7 +65,7 @@ def opened(request: Request, task: str, model: nn.Module | None = None) -> tuple
     load = partial(readers.load, task=task, folder=request.folder, inside=request.inside, feed=wants, classes=names)
     train = load(given["train"], known=old, options=how)
     known = old or train.schema
-    kept = {n: v for n, v in how.items() if n in ("id", "ignore", "target", "x")}
+    kept = {n: v for n, v in how.items() if n in ("id", "ignore", "target", "x", "memory")}
 
     def other(spec: Any) -> Any:
         takes = readers.KINDS.get(spec.partition(":")[0], ()) if isinstance(spec, str) else readers.KINDS["py"]
