@@ -15,7 +15,7 @@ from expunge.core.modality import Opened, Request
 from expunge.core.types import Split, Task
 from expunge.modalities.examples import Examples
 from expunge.modalities.files.requests import share
-from expunge.modalities.files.selectors import resolve
+from expunge.modalities.files.selectors import echoed, resolve
 from expunge.modalities.rows import listed
 from expunge.modalities.text_classification import checkpoints
 from expunge.modalities.text_classification.task import text_classification
@@ -30,7 +30,9 @@ def read(request: Request) -> Opened:
     model, tokenizer = checkpoints.load(request.path(request.model), dtype=given["dtype"])
     length, names = checkpoints.limit(model, tokenizer, given["max_length"]), _names(model)
     called = [given[part] for part in rows]
-    found = split(request, dict(zip(rows, records(tokenizer, *rows.values(), names=names, max_length=length, called=called), strict=True)), names)
+    parts = dict(zip(rows, records(tokenizer, *rows.values(), names=names, max_length=length, called=called), strict=True))
+    found = split(request, parts, names)
+    lines = (*counted(rows, given), printable(f"forget {found.asked}: {echoed(chosen(request.what, names)[0], parts['train'], found.forget)}"))
 
     def load(folder: str) -> nn.Module:
         return checkpoints.load(request.path(folder), dtype=given["dtype"], finite=False)[0]
@@ -41,7 +43,18 @@ def read(request: Request) -> Opened:
         return None if verdict.chosen is None else checkpoints.release(model, tokenizer, verdict.chosen.attempt.patch, folder)
 
     references = [referred(load(r), request.path(r)) for r in request.references]
-    return Opened(model, text_classification(tokenizer), found, references, after, release, ("merged",), checkpoints.plain)
+    return Opened(model, text_classification(tokenizer), found, references, after, release, ("merged",), checkpoints.plain, read=lines)
+
+
+def counted(rows: Mapping[str, list[dict[str, Any]]], given: Mapping[str, Any]) -> list[str]:
+    """A line on each file: how many records, and which of its fields are what."""
+    said = f"read as {given['text_column']} -> {given['label_column']}"
+    out = []
+    for part, found in rows.items():
+        more = [f"named by {given['id_column'] or 'id'}"] if any("id" in row for row in found) else []
+        more += [f"left out: {given['ignore']}"] if given["ignore"] else []
+        out.append(printable(f"{part}: {len(found):,} records of {Path(given[part]).name}, {said}" + (f" ({'; '.join(more)})" if more else "")))
+    return out
 
 
 def load(request: Request) -> Any:
