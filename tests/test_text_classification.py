@@ -368,7 +368,7 @@ def test_folders_are_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in place.iterdir()} == before and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
     checkpoints.save(model, tokens, place)
     (place / "notes.txt").write_text("mine")
-    with pytest.raises(ModelError, match=r"m holds notes.txt, which is no part of a model: name a folder that is not there, as --out m/model"):
+    with pytest.raises(ModelError, match=r"m holds notes.txt, which is no part of a model: name a folder that is not there, as m/model"):
         checkpoints.save(model, tokens, place)
     assert (place / "notes.txt").read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 

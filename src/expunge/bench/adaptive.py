@@ -24,6 +24,8 @@ from expunge.audits.verdict import checks_for, default_rules, selftest
 from expunge.bench import sabotage, sabotage_texts
 from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import Family
+from expunge.core.errors import DataError
+from expunge.core.files import write
 from expunge.core.machine.devices import reseeded
 from expunge.core.stats import wilson
 from expunge.engine.run import Attempt
@@ -234,7 +236,7 @@ def bench(
                     done[_key(cell)] = cell
                     add(path, cell)
     cells = list(done.values())
-    (path.parent / f"{name}-adaptive.md").write_text(markdown(cells))
+    write(path.parent / f"{name}-adaptive.md", markdown(cells), DataError)
     return cells
 
 

@@ -25,6 +25,8 @@ from expunge.audits.verdict import Trial, default_rules, selftest
 from expunge.bench import adaptive
 from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import SABOTAGE
+from expunge.core.errors import DataError
+from expunge.core.files import write
 from expunge.core.machine.devices import reseeded
 from expunge.core.stats import wilson
 from expunge.core.types import Split
@@ -123,7 +125,7 @@ def bench(
                 done[_key(cell)] = cell
                 add(path, cell)
     cells = list(done.values())
-    (path.parent / f"{name}-grades.md").write_text(markdown(cells))
+    write(path.parent / f"{name}-grades.md", markdown(cells), DataError)
     return cells
 
 

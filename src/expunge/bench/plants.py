@@ -21,7 +21,8 @@ from expunge.audits.distance import closed
 from expunge.audits.plants import Plants
 from expunge.audits.verdict import default_rules, selftest
 from expunge.bench.cells import add, begun
-from expunge.core.errors import SettingError
+from expunge.core.errors import DataError, SettingError
+from expunge.core.files import write
 from expunge.core.guard import Guard, watching
 from expunge.core.machine.devices import reseeded
 from expunge.core.types import Split, concat
@@ -122,7 +123,7 @@ def bench(
                 done[draw, n, c["label"]] = {"world": name, "draw": draw, **c}
                 add(path, done[draw, n, c["label"]])
     cells = list(done.values())
-    (path.parent / f"{name}-plants.md").write_text(markdown(cells))
+    write(path.parent / f"{name}-plants.md", markdown(cells), DataError)
     return cells
 
 

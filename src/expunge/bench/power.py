@@ -22,6 +22,8 @@ from expunge.audits.core import Probe, Row, audit, gate
 from expunge.audits.verdict import UTILITY, default_rules, selftest
 from expunge.bench.cells import add, begun
 from expunge.bench.sabotage import SABOTAGE, masked
+from expunge.core.errors import DataError
+from expunge.core.files import write
 from expunge.core.registry import CHECKS
 from expunge.core.stats import Z, auc, wilson
 from expunge.engine.run import unlearn
@@ -95,7 +97,7 @@ def bench(name: str, scenarios: Sequence[str] = (), out: Path | str = "bench-out
             done[scenario, kind, seed] = cell
             add(path, cell)
     cells = list(done.values())
-    (path.parent / f"{name}-power.md").write_text(markdown(cells))
+    write(path.parent / f"{name}-power.md", markdown(cells), DataError)
     return cells
 
 

@@ -20,7 +20,8 @@ from torch import nn
 from expunge.audits.core import Probe, audit
 from expunge.bench.cells import add, begun
 from expunge.bench.table import NOTHING, markdown
-from expunge.core.errors import SettingError
+from expunge.core.errors import DataError, SettingError
+from expunge.core.files import write
 from expunge.core.modality import of
 from expunge.core.registry import CHECKS, METHODS
 from expunge.core.types import Split, Task
@@ -130,7 +131,7 @@ def bench(
         done[scenario, method, seed] = cell
         add(path, cell)
     result = list(done.values())
-    (path.parent / f"{name}.md").write_text(markdown(result))
+    write(path.parent / f"{name}.md", markdown(result), DataError)
     return result
 
 

@@ -10,7 +10,7 @@ import typer
 
 from expunge.cli.options import TASK, TASK_HELP, asked, tasks, with_options
 from expunge.cli.shown import Anyway, Json, Key, Quick, Require, Twins, Workers, bar, key, show, understood
-from expunge.core.errors import SettingError, printable
+from expunge.core.errors import DataError, SettingError, printable
 
 
 def apart(words: list[str]) -> tuple[list[str], list[str]]:
@@ -115,10 +115,12 @@ def run(recipe: str, as_json: Json = False) -> None:
 
 
 def closing(modality: Any, verdict: Any, document: dict[str, Any], as_json: bool) -> None:
-    """The report, where everything is, what to do with it, and the exit code."""
+    """The report, where everything is, what to do with it, and the exit code. Raises DataError, after that, where what passed could not be written."""
     show(document, as_json)
     for line in [] if as_json else [*modality.told(verdict, document, document["folder"]), *verdict.doubts, *places(document)]:
         print(line)
+    if why := document.get("release", {}).get("unwritten"):
+        raise DataError(f"{why}; what passed is kept in {document.get('candidate', 'no file')}")
     raise typer.Exit(0 if verdict.passed else 1)
 
 

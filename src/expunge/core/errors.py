@@ -107,6 +107,16 @@ HINTS = {
 """Words in other libraries' messages -> what a user can do."""
 
 
+def unwritten(error: BaseException) -> bool:
+    """Whether an error tells of a file or folder that could not be written: no space, read-only, no permission. Those who write raise from the OSError; who
+    reads does not.
+
+    >>> unwritten(OSError(28, "No space left on device")), unwritten(ModelError("no folder x"))
+    (True, False)
+    """
+    return isinstance(error, OSError) or (error.__cause__ is not None and unwritten(error.__cause__))
+
+
 def first_line(error: BaseException) -> str:
     """The first line that an error says, or its kind where it says nothing.
 

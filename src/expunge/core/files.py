@@ -8,27 +8,28 @@ import hmac
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from expunge.core.edits import raw
-from expunge.core.errors import DataError, ExpungeError, PatchError, first_line
+from expunge.core.errors import DataError, ExpungeError, ModelError, PatchError, first_line
 
 
 def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = PatchError) -> Path:
-    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises `error` when it cannot."""
+    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. Raises `error` when it cannot, which `errors.unwritten` tells."""
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         swept(path.parent)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.@{socket.gethostname()}.{os.getpid()}-", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_mine(path.name), suffix=".tmp")
         with os.fdopen(handle, "wb") as f:
             f.write(content)
             f.flush()
@@ -43,18 +44,86 @@ def write(path: str | Path, data: bytes | str, error: type[ExpungeError] = Patch
     except OSError as why:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise error(f"cannot write {path.name}: {why.strerror or why}; nothing was left half-written") from None
+        raise error(f"cannot write {path.name}: {why.strerror or why}; nothing was left half-written") from why
     return path
 
 
+@contextlib.contextmanager
+def whole(out: Path | str, over: bool = False) -> Iterator[Path]:
+    """A place beside `out`, not there yet, that is renamed to `out` when all went well, else taken away: a folder is written whole or not at all.
+
+    over    whether a folder of that name gives way, if it holds no file that the new one does not; else only an empty one does
+    Raises ModelError for one that holds anything else, and where it cannot be written, which `errors.unwritten` tells.
+    """
+    from safetensors import SafetensorError
+
+    out, place = Path(out), None
+    if not over and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out.name} is there already: name a folder that is not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        swept(out.parent)
+        place = Path(tempfile.mkdtemp(dir=out.parent, prefix=_mine(out.name), suffix=".tmp"))
+        made, old = place / "made", place / "old"
+        yield made
+        if out.exists():
+            if foreign := sorted(_files(out) - _files(made)):
+                raise ModelError(f"{out.name} holds {foreign[0]}, which is no part of a model: name a folder that is not there, as {out.name}/model")
+            out.rename(old)
+        try:
+            made.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # so does the writer of safetensors tell of a full disk
+        why = error if isinstance(error, OSError) else OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+        if why is None:
+            raise
+        raise ModelError(f"cannot write {out.name}: {why.strerror or why}; nothing was left half-written") from why
+    finally:
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def together(*paths: Path | str) -> Iterator[list[Path]]:
+    """Places of files beside `paths`, renamed to them when all were written, else taken away. Raises PatchError where that fails."""
+    targets, done = [Path(p) for p in paths], []
+    made = [p.with_name(f"{_mine(p.name)}{k}.tmp") for k, p in enumerate(targets)]
+    try:
+        yield made
+        for a, b in zip(made, targets, strict=True):
+            there = b.exists()
+            os.replace(a, b)
+            done += [] if there else [b]
+    except OSError as why:
+        for path in done:
+            path.unlink(missing_ok=True)
+        raise PatchError(f"cannot write {targets[0].name}: {why.strerror or why}; nothing was left half-written") from why
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _mine(name: str) -> str:
+    """How a temporary file or folder of this process begins, by which `swept` knows it."""
+    return f".{name}.@{socket.gethostname()}.{os.getpid()}-"
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} if folder.is_dir() else {folder.name}
+
+
 def swept(folder: Path) -> list[str]:
-    """Remove temporary files of the folder whose process is gone: what killed writes of this machine left, which may hold weights. Returns their names."""
+    """Remove temporary files and folders whose process is gone: what killed writes of this machine left, which may hold weights. Returns their names."""
     gone = []
     for entry in os.scandir(folder):
         found = re.fullmatch(r"\..+?(?:\.@(.+))?\.(\d{1,9})-[^.-]+\.tmp", entry.name) if entry.name.endswith(".tmp") else None
         if found and found[1] in (None, socket.gethostname()) and not alive(int(found[2])):
             with contextlib.suppress(OSError):
-                os.unlink(entry.path)
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
                 gone.append(entry.name)
     return gone
 

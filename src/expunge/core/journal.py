@@ -82,7 +82,7 @@ class Journal:
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
         except OSError as error:
-            raise JournalError(f"cannot remove the checkpoints in {self.folder.name}, which hold what was forgotten: {error.strerror or error}") from None
+            raise JournalError(f"cannot remove the checkpoints in {self.folder.name}, which hold what was forgotten: {error.strerror or error}") from error
 
     def _write(self, name: str, tensors: dict[str, Tensor], losses: list[float], watch: Any, **facts: Any) -> None:
         from safetensors.torch import save

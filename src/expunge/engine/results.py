@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 
 from expunge.core.edits import Hook
 from expunge.core.errors import ModelError
-from expunge.core.files import write
+from expunge.core.files import whole, write
 from expunge.core.patch import Patch
 from expunge.core.types import Split, Task
 from expunge.engine.likeness import likeness
@@ -70,22 +69,10 @@ def renamed(folder: Path | str, mark: tuple[str, str] | None = None) -> Iterator
     mark   (file name, text) put into it
     Raises ModelError where the folder holds something already, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder.name} is there already: name a folder that is not")
-    made = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)
-    try:
+    with whole(folder) as made:
         yield made
         if mark is not None:
             write(made / mark[0], mark[1], ModelError)
-        if folder.exists():
-            folder.rmdir()
-        made.rename(folder)
-    except OSError as error:
-        raise ModelError(f"cannot write {folder.name}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _written(twin: Any, source: Source, folder: Path) -> nn.Module:

@@ -6,7 +6,7 @@ harmed     more than half of what the model was good for is gone, read on valida
 no_op      weights bit-identical, or moved by rounding alone, or no gradient reached the scope, or no forget batch was seen
 diverged   loss, weights or answers left their bounds; rolled back
 refused    the method found that it cannot work on this model or split, or the model given holds values that are not finite
-failed     an exception that nobody foresaw, or checkpoints that cannot be written: those that stand are kept, and the same call goes on from them
+failed     an exception that nobody foresaw, or a file that cannot be written: checkpoints that stand are kept, and the same call goes on from them
 
 The reason says why, with figures. Of two that hold, the later in `GRADED` is the outcome, and the reason names both. KeyboardInterrupt and SystemExit pass
 through.
@@ -28,7 +28,7 @@ from torch import nn
 
 from expunge.core.digest import model_digest, whole
 from expunge.core.edits import Hook, LowRank
-from expunge.core.errors import Diverged, ExpungeError, JournalError, ScopeError, SplitError, plain
+from expunge.core.errors import Diverged, ExpungeError, ScopeError, SplitError, plain, unwritten
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
 from expunge.core.machine import devices
@@ -159,11 +159,9 @@ def unlearn(
         outcome, reason = "diverged", f"{error}; rolled back"
         if watch.journal is not None:
             watch.journal.clear()
-    except JournalError as error:
-        outcome, reason = "failed", str(error)
     except ExpungeError as error:
-        outcome, reason = "refused", str(error)
-        if where is not None:
+        outcome, reason = "failed" if unwritten(error) else "refused", str(error)
+        if where is not None and outcome == "refused":
             _withdraw(where, there)
     except Exception as error:
         outcome, reason = "failed", plain(error)

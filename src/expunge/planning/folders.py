@@ -59,7 +59,8 @@ def fit(out: Path | str, size: int = 0) -> Path:
 @contextlib.contextmanager
 def fresh(out: Path | str) -> Iterator[Run]:
     """A new folder in `out`, complete or not there: at the end it stands under its name and `latest` points to it; after an exception nothing is left.
-    What killed runs of this machine left half-made is taken away first. Raises DataError where it cannot be written."""
+    What killed runs of this machine left half-made is taken away first. Raises DataError where it cannot be written, which `errors.unwritten` tells; where
+    `latest` alone cannot, the folder stands, and the message says so."""
     out = fit(out)
     began = [p for p in (out, *out.parents) if not p.exists()]
     name = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H-%M-%S}"
@@ -82,7 +83,7 @@ def fresh(out: Path | str) -> Iterator[Run]:
                 k, place = k + 1, out / f"{name}-{k + 1}"
         _point(out, place.name)
     except OSError as error:
-        raise DataError(f"cannot write {error.filename or out}: {error.strerror or error}; nothing was left half-written") from None
+        raise DataError(f"cannot write the folder of a run in {out}: {error.strerror or error}; nothing was left half-written") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
         for folder in began:
@@ -101,12 +102,17 @@ def newest(out: Path | str) -> Path:
 
 def _point(out: Path, name: str) -> None:
     made = out / f".{LATEST}.{os.getpid()}.tmp"
-    made.unlink(missing_ok=True)
     try:
-        made.symlink_to(name, target_is_directory=True)
-    except OSError:
-        made.write_text(f"{name}\n", encoding="utf-8")
-    os.replace(made, out / LATEST)
+        made.unlink(missing_ok=True)
+        try:
+            made.symlink_to(name, target_is_directory=True)
+        except OSError:
+            made.write_text(f"{name}\n", encoding="utf-8")
+        os.replace(made, out / LATEST)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
+        raise DataError(f"the run is complete in {out / name}, but {out / LATEST} cannot be made to point to it: {error.strerror or error}") from error
 
 
 def _swept(out: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expunge.core.errors import ModelError
+from expunge.core.errors import ExpungeError, ModelError, unwritten
 from expunge.core.modality import Opened
 from expunge.engine.likeness import likeness
 from expunge.engine.results import GUARD, renamed
@@ -19,11 +19,12 @@ def released(opened: Opened, verdict: Verdict, folder: Path) -> tuple[Verdict, d
     """The verdict, and what a report says of the folder: form, what it was compared by, or why there is none.
 
     Each of `opened.forms` is written and loaded back until one is the audited model; a folder that is not is taken away. Where none is, the verdict is
-    withdrawn: what passed cannot be released, and the reasons say why. A patch that changes no weight has no folder.
+    withdrawn: what passed cannot be released, and the reasons say why; `unwritten` says so where no gate had a part in it, but the disk alone. A patch that
+    changes no weight has no folder.
     """
     if verdict.chosen is None:
         return verdict, {}
-    audited, reasons = None, []
+    audited, reasons, full = None, [], []
     for form in opened.forms:
         try:
             written = opened.release(verdict, folder, form)
@@ -33,15 +34,18 @@ def released(opened: Opened, verdict: Verdict, folder: Path) -> tuple[Verdict, d
                 return verdict, {"form": form, "told": "it was not loaded back: models of this kind say no way to"}
             audited = audited if audited is not None else patched(verdict.probe.before, verdict.chosen.attempt)
             found = likeness(audited, opened.reload(written), opened.task, opened.split, opened.answers, before=verdict.probe.before)
-        except ModelError as error:
+        except ExpungeError as error:
+            if not isinstance(error, ModelError) and not unwritten(error):
+                raise
             reasons.append(f"nothing was released as {form}: {error}")
+            full += [reasons[-1]] if unwritten(error) else []
         else:
             if found.same:
                 facts = {"form": form, "bits": found.bits, "apart": found.apart, "moved": found.moved, "records": found.records}
                 return verdict, {**facts, "told": "; ".join([found.told, *reasons])}
             reasons.append(f"the folder written as {form} is not the model that was audited: loaded back, {found.why}")
         shutil.rmtree(folder, ignore_errors=True)
-    return withdrawn(verdict, reasons), {"told": "; ".join(reasons)}
+    return withdrawn(verdict, reasons), {"told": "; ".join(reasons), **({"unwritten": full[0]} if full else {})}
 
 
 def written(opened: Opened, verdict: Verdict, folder: Path | str, mark: tuple[str, str] | None) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expunge.core.errors import DataError, ModelError, first_line
-from expunge.core.files import json_object
+from expunge.core.files import json_object, whole
 from expunge.core.machine import devices
 from expunge.core.types import device_of
 from expunge.modalities.diffusion.task import Painting, Schedule, diffusion
@@ -243,28 +243,31 @@ def schedule(config: Mapping[str, Any]) -> Schedule:
     return Schedule(names[kind], abar=(1 - beta.double()).cumprod(0).float(), clamp=0.0)
 
 
+def apart(found: Pipeline, out: Path) -> None:
+    """Raises ModelError for the folder that the pipeline was read from."""
+    if out.resolve() == found.folder.resolve():
+        raise ModelError(f"{out.name} is the folder that was read; name another")
+
+
 def save(found: Pipeline, model: nn.Module, out: Path | str) -> Path:
     """Write the pipeline with the weights of `model` (a copy of its own, changed) to the folder `out`: its networks anew, all else as it was; returns `out`.
 
     Pickles and links of the folder are left behind. Raises ModelError when it cannot be written.
     """
     out, networks = Path(out), [name for name, _ in model.named_children()]
-    if out.resolve() == found.folder.resolve():
-        raise ModelError(f"{out.name} is the folder that was read; name another")
+    apart(found, out)
 
     def skip(folder: str, names: list[str]) -> set[str]:
         return {n for n in names if Path(n).suffix in PICKLES or (Path(folder) / n).is_symlink()}
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with whole(out, over=True) as made:
+        made.mkdir()
         for item in sorted(found.folder.iterdir()):
             if item.is_dir() and not item.is_symlink() and item.name not in networks:
-                shutil.copytree(item, out / item.name, ignore=skip, dirs_exist_ok=True)
-        shutil.copyfile(found.folder / "model_index.json", out / "model_index.json")
+                shutil.copytree(item, made / item.name, ignore=skip)
+        shutil.copyfile(found.folder / "model_index.json", made / "model_index.json")
         with quietly():
             for name in networks:
                 network: Any = getattr(model, name)
-                network.save_pretrained(out / name, safe_serialization=True)
-    except OSError as error:
-        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+                network.save_pretrained(made / name, safe_serialization=True)
     return out

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from expunge.core.edits import Hook, LowRank
 from expunge.core.errors import ModelError, first_line
-from expunge.core.files import write
+from expunge.core.files import whole, write
 from expunge.core.patch import Patch
 from expunge.core.types import device_of, float_of
-from expunge.modalities.diffusion.pipelines import Pipeline, configuration, quietly, save
+from expunge.modalities.diffusion.pipelines import Pipeline, apart, configuration, quietly, save
 from expunge.modalities.diffusion.task import Painting
 from expunge.modalities.pictures import Pictures
 from expunge.parts.adapters import layers
@@ -80,9 +80,11 @@ def release(
     inverse = patch.apply(model)
     try:
         if what == "merged":
-            save(found, model, out)
-            if undo is not None:
-                inverse.save(undo, key)
+            apart(found, out)
+            with whole(out, over=True) as made:
+                save(found, model, made)
+                if undo is not None:
+                    inverse.save(undo, key)
     finally:
         inverse.apply(model)
     if what == "spm":

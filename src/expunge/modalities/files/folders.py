@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError, first_line, printable
-from expunge.core.files import json_object
+from expunge.core.files import json_object, whole
 from expunge.modalities.quietly import fitting, quietly
 
 ENDING = "ForImageClassification"
@@ -70,20 +69,12 @@ TRAVELS = ("preprocessor_config.json", "README.md", "LICENSE", "LICENSE.txt", "L
 def save(model: nn.Module, source: Path, out: Path) -> Path:
     """Write the model as a folder that transformers loads, with what travels along from `source`, whole or not at all. Raises ModelError for a folder that is
     there already."""
-    if out.exists():
-        raise ModelError(f"{out.name} is there already: name a folder that is not")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
-            made = Path(place) / "made"
-            with quietly():
-                model.save_pretrained(made)  # pyright: ignore
-            for name in TRAVELS:
-                if (source / name).is_file():
-                    shutil.copy(source / name, made / name)
-            made.rename(out)
-    except OSError as error:
-        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+    with whole(out) as made:
+        with quietly():
+            model.save_pretrained(made)  # pyright: ignore
+        for name in TRAVELS:
+            if (source / name).is_file():
+                shutil.copy(source / name, made / name)
     return out
 
 

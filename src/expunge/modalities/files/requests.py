@@ -12,6 +12,7 @@ from torch import nn
 
 from expunge.core.edits import Hook
 from expunge.core.errors import ModelError, RecipeError, SettingError
+from expunge.core.files import together, whole
 from expunge.core.modality import Opened, Request, named
 from expunge.core.types import Split, Task
 from expunge.modalities.files import feeding, folders, models, readers, selectors
@@ -160,12 +161,18 @@ def holds(model: str) -> int:
 def apply(patch: Any, model: str, out: str, key: bytes | None, options: dict[str, Any]) -> list[str]:
     """What was written: the weights (of a folder of transformers: the folder) with the patch in them, and the inverse patch beside it."""
     if folders.is_folder(model):
-        made, inverse = folders.release(folders.load(Path(model)), Path(model), patch, Path(out))
-        return [str(made), str(inverse.save(made.with_name(f"{made.name}.undo.safetensors"), key))]
+        undo = Path(out).with_name(f"{Path(out).name}.undo.safetensors")
+        with whole(out) as made:
+            folders.release(folders.load(Path(model)), Path(model), patch, made)[1].save(undo, key)
+        return [out, str(undo)]
     weights = models.chosen(model, options["weights"])
     net = models.load(model, Path(weights) if weights else None, dtype=options.get("dtype", "auto"))
     inverse = patch.apply(net)
-    return [str(models.save_state(net, out)), str(inverse.save(Path(out).with_suffix(".undo.safetensors"), key))]
+    undo = Path(out).with_suffix(".undo.safetensors")
+    with together(out, undo) as (weights, other):
+        models.save_state(net, weights)
+        inverse.save(other, key)
+    return [str(out), str(undo)]
 
 
 def revert(patch: Any, model: str, out: str, options: dict[str, Any]) -> list[str]:

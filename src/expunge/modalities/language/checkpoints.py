@@ -19,7 +19,7 @@ from torch import nn
 
 from expunge.core.edits import LowRank
 from expunge.core.errors import ModelError, first_line, printable
-from expunge.core.files import json_object
+from expunge.core.files import json_object, whole
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import quietly
@@ -202,18 +202,16 @@ def release(
         raise ModelError("this patch replaces weights, it is no LoRA: use form=merged, or run the method with lora=16")
     twin = copy.deepcopy(model)
     inverse = patch.apply(twin)
-    if not low or form == "merged":
-        save(twin, tokenizer, out)
-        if undo is not None:
-            inverse.save(undo, key)
-    else:
-        inverse.apply(twin)
-        _adapter(twin, patch, out, base, Path(place or base))
-        try:
-            tokenizer.save_pretrained(out)
-        except OSError as error:
-            raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
-    terms(place or base, out)
+    with whole(out, over=True) as made:
+        if not low or form == "merged":
+            save(twin, tokenizer, made)
+            if undo is not None:
+                inverse.save(undo, key)
+        else:
+            inverse.apply(twin)
+            _adapter(twin, patch, made, base, Path(place or base))
+            tokenizer.save_pretrained(made)
+        terms(place or base, made)
     return out
 
 
@@ -231,12 +229,8 @@ def _adapter(model: nn.Module, patch: Patch, out: Path, base: str, root: Path) -
             model, _ = load(root)
             patch = adapter_files.joined(adapter_files.read(copy.deepcopy(model), first), patch)
         over = adapter_files.wrapped(model, patch, said)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            over.save_pretrained(str(out), save_embedding_layers=False)
-            (out / "README.md").unlink(missing_ok=True)  # a card with blanks
-        except OSError as error:
-            raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
+        over.save_pretrained(str(out), save_embedding_layers=False)
+        (out / "README.md").unlink(missing_ok=True)  # a card with blanks
 
 
 TERMS = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy|acceptable_use)[^/]*", re.IGNORECASE)
@@ -275,13 +269,9 @@ def plain(folder: Path | str, base: Path | str) -> nn.Module:
 
 
 def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
-    """Write the model and its tokenizer as a folder that other tools load, and return it. Raises ModelError when it cannot be written."""
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with quietly():
-            model.save_pretrained(out)  # pyright: ignore
-            tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
-    return out
+    """Write the model and its tokenizer as a folder that other tools load, whole or not at all, and return it. A folder of that name is replaced if it holds
+    the same files; one that holds anything else is left alone (ModelError)."""
+    with whole(out, over=True) as made, quietly():
+        model.save_pretrained(made)  # pyright: ignore
+        tokenizer.save_pretrained(made)
+    return Path(out)

@@ -7,8 +7,6 @@ head is refused.
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import nn
 
 from expunge.core.errors import ModelError, SettingError, first_line
-from expunge.core.files import json_object
+from expunge.core.files import json_object, whole
 from expunge.core.machine import devices
 from expunge.core.patch import Patch
 from expunge.modalities.quietly import fitting, quietly
@@ -129,10 +127,11 @@ def release(model: nn.Module, tokenizer: Any, patch: Patch, out: Path | str, *, 
     """
     twin = copy.deepcopy(model)
     inverse = patch.apply(twin)
-    written = save(twin, tokenizer, out)
-    if undo is not None:
-        inverse.save(undo, key)
-    return written
+    with whole(out, over=True) as made:
+        save(twin, tokenizer, made)
+        if undo is not None:
+            inverse.save(undo, key)
+    return Path(out)
 
 
 def plain(folder: Path | str) -> nn.Module:
@@ -149,20 +148,7 @@ def plain(folder: Path | str) -> nn.Module:
 def save(model: nn.Module, tokenizer: Any, out: Path | str) -> Path:
     """Write model and tokenizer as a folder that transformers loads, whole or not at all. A folder of that name is replaced if it holds the same files;
     one that holds anything else is left alone (ModelError)."""
-    out = Path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
-            made, old = Path(place) / "made", Path(place) / "old"
-            with quietly():
-                model.save_pretrained(made)  # pyright: ignore
-                tokenizer.save_pretrained(made)
-            if out.exists():
-                if foreign := sorted({p.name for p in out.iterdir()} - {p.name for p in made.iterdir()}):
-                    raise ModelError(f"{out.name} holds {foreign[0]}, which is no part of a model: name a folder that is not there, as --out {out.name}/model")
-                out.rename(old)
-            made.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(f"cannot write {out.name}: {error.strerror or error}") from None
-    return out
+    with whole(out, over=True) as made, quietly():
+        model.save_pretrained(made)  # pyright: ignore
+        tokenizer.save_pretrained(made)
+    return Path(out)
