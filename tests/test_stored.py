@@ -91,7 +91,7 @@ def test_images_that_do_not_fit_the_others_are_named(both):
     with pytest.raises(DataError, match=r"image bee/99.png is .*, the others are"):
         readers.load(f"images:{place}/train", "classification", options={"memory": "1K"})
     assert stored.room("4G") == 4 << 30 and stored.room("512 MiB") == 512 << 20 and stored.room() > 1 << 28
-    for said in ("much", "-1G", "1.5G", "\u0663G"):
+    for said in ("much", "-1G", "1.5G", "0", "\u0663G"):
         with pytest.raises(SettingError, match="memory must be a size"):
             stored.room(said)
 

@@ -165,7 +165,7 @@ def universe(split: Split) -> Records:
 
 def forgotten(
     pool: Pool, method: str, data: Records, records: Records, settings: Mapping[str, Any] | None = None, *, k: int | None = None, seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None, memory: int | str = 0,
 ) -> Pool:  # fmt: skip
     """The first k shadows after `method` made each forget those of `records` that it saw: the calibration of U-LiRA.
 
@@ -187,7 +187,7 @@ def forgotten(
         forget, retain = (data.take((saw & side).nonzero().squeeze(1)) for side in (target, ~target))
         if not (len(forget) and len(retain)):
             raise SettingError("a shadow model saw none of the records, or nothing else; use a larger universe")
-        attempt = unlearn(method, model, pool.task, Split(forget, retain), seed=seed + j, **dict(settings or {}))
+        attempt = unlearn(method, model, pool.task, Split(forget, retain), seed=seed + j, memory=memory, **dict(settings or {}))
         if attempt.patch is None:
             raise SettingError(f"{method} did not end well on a shadow model: {attempt.outcome}, {attempt.reason}")
         twin = copy.deepcopy(model)

@@ -44,6 +44,7 @@ def audit(
     Pipelines: expunge audit --task diffusion --model DIR --after out/latest/released --concept "tench" --retain "goldfish,hen" --judge VIT-DIR --drawings 25
     """
     from expunge.core.errors import SettingError
+    from expunge.core.machine.bounds import size_of
     from expunge.core.modality import MODALITIES, Request
     from expunge.core.patch import Patch
     from expunge.engine.log import kept
@@ -61,6 +62,7 @@ def audit(
     modality, model, what, mine = asked(task, model, options, forget, [w for w in (place, request) if w])
     if shadows and not modality.shadows:
         raise SettingError(f"shadow models are for {' and '.join(m.spelling for m in MODALITIES.values() if m.shadows)}")
+    size_of("--memory", memory := mine.get("memory", ""))
     if out:
         fit(out)
     found = Patch.load(patch, key(key_file)) if patch else None
@@ -69,12 +71,12 @@ def audit(
         understood(opened, anyway, as_json)
         if found is not None:
             found.apply(opened.after)
-        pool, forgotten = _pools(opened.model, opened.task, opened.split, shadows, unlearn_shadows, training, pools, found, progress)
+        pool, forgotten = _pools(opened.model, opened.task, opened.split, shadows, unlearn_shadows, training, pools, found, progress, memory)
         meta = {} if found is None else found.meta
         attempt = Attempt(str(meta.get("method", "given")), meta.get("settings", {}), int(meta.get("seed", seed)), "ok", "", found)
         verdict = outcome.audited(
             opened.model, opened.after, opened.task, opened.split, references=opened.references, seed=seed, attempt=attempt, slow=not quick, pool=pool,
-            forgotten=forgotten, require=require, twins=twins, workers=workers, folder=Path(out) / "plants" if out else None, progress=progress,
+            forgotten=forgotten, require=require, twins=twins, workers=workers, folder=Path(out) / "plants" if out else None, progress=progress, memory=memory,
         )  # fmt: skip
         title = f"Audit of {Path(patch or after).name}"
         document = verdict.document(title)
@@ -177,7 +179,7 @@ def _shadows(net, task, data, unseen, shadows: int, training: str, folder: str, 
     return pool.shadows(net, task, pool.universe(Split(data, None, unseen)), pool.recipe(training), k=shadows, folder=Path(folder), progress=progress)
 
 
-def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str, folder: str, patch, progress) -> tuple[Any, Any]:
+def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str, folder: str, patch, progress, memory: str) -> tuple[Any, Any]:
     """The pool of shadow models, and the same after the patch's method; None for what was not asked for."""
     from expunge.audits import pool
     from expunge.core.errors import SettingError
@@ -199,4 +201,4 @@ def _pools(model, task, split, shadows: int, unlearn_shadows: int, training: str
     unseen = split.test.take(drawn)
     records = pool.universe(replace(split, retain=None, test=unseen))
     settings = patch.meta.get("settings", {})
-    return found, pool.forgotten(found, patch.meta["method"], data, records, settings, k=unlearn_shadows, progress=progress)
+    return found, pool.forgotten(found, patch.meta["method"], data, records, settings, k=unlearn_shadows, progress=progress, memory=memory)

@@ -72,7 +72,7 @@ def forget(
 
     A setting that is called like an option of this command is written with its method: --npo.retain none.
     """
-    from expunge.core.machine.bounds import number
+    from expunge.core.machine.bounds import number, size_of
     from expunge.core.modality import Request
     from expunge.core.types import bytes_of
     from expunge.engine.log import kept
@@ -85,6 +85,7 @@ def forget(
     given = {method: found} if (found := settings(method, rest, preset)) else {}
     number("--retrain-epochs", retrain_epochs, 0)
     number("--minutes", minutes, 0)
+    size_of("--memory", memory := mine.get("memory", ""))
     fit(out)
     secret = key(key_file)
     with bar(as_json) as progress, kept(out) as settle:
@@ -93,7 +94,7 @@ def forget(
         verdict = planner.forget(
             opened.model, opened.task, opened.split, references=opened.references, methods=[method] if method else [], settings=given, seed=seed,
             folder=Path(out) / "checkpoints", retrain_passes=2 * retrain_epochs * len(opened.split.retain) if retrain_epochs else None, slow=not quick,
-            progress=progress, require=require, twins=twins, workers=workers, minutes=minutes or math.inf,
+            progress=progress, require=require, twins=twins, workers=workers, minutes=minutes or math.inf, memory=memory,
             ready=lambda: understood(opened, anyway, as_json),
         )  # fmt: skip
         verdict, document = finished(verdict, opened, out, f"Forget {opened.split.asked or what}", secret, candidate=keep_candidate)

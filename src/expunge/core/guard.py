@@ -120,6 +120,10 @@ class Coverage:
         return self.seen / self.of if self.of else 1.0
 
 
+ROOM = 1 << 30
+"""Bytes for gradients of single examples, where nothing else is said."""
+
+
 @dataclass
 class Guard:
     """Limits and services of one run. All fields have inert defaults.
@@ -130,7 +134,7 @@ class Guard:
     patience     stop after so many evaluations without a better score (0: never)
     progress     called as progress(text, done, total)
     journal      checkpoints of the run (journal.Journal), or None
-    room         bytes that per-example gradients may take at once
+    memory       bytes that gradients of single examples may take at once; 0: ROOM, and as many as a method asks for
     """
 
     max_loss: float = 1e4
@@ -142,7 +146,7 @@ class Guard:
     patience: int = 0
     progress: Callable[[str, int, int], None] | None = None
     journal: Journal | None = None
-    room: int = 1 << 30
+    memory: int = 0
 
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Reference values by digest (`remember.recall`); share one between guards and their runs share the values."""
@@ -155,6 +159,11 @@ class Guard:
     stopped: str = ""
     phase: int = 0
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def room(self) -> int:
+        """Bytes for the gradients of single examples that are held at once."""
+        return self.memory or ROOM
 
     def covered(self, part: str, *, seen: int, of: int, what: str = "records", way: str = "") -> None:
         """A method says how much of a part of the request it worked on, where the records that it drew do not tell: less than all, and the run is `partial`.

@@ -32,7 +32,7 @@ from expunge.core.errors import Diverged, ExpungeError, ScopeError, SplitError, 
 from expunge.core.guard import Guard, Meter, quiet, watching
 from expunge.core.journal import Journal
 from expunge.core.machine import devices
-from expunge.core.machine.bounds import affordable, seed_of
+from expunge.core.machine.bounds import affordable, seed_of, size_of
 from expunge.core.machine.devices import reseeded
 from expunge.core.modality import made, of
 from expunge.core.patch import Patch
@@ -101,12 +101,14 @@ class Attempt:
 
 def unlearn(
     method: str, model: nn.Module, task: Task | str, split: Split, *, seed: int = 0, guard: Guard | None = None, folder: Path | str | None = None,
-    checkpoint_every: int = 25, progress: Callable[[str, int, int], None] | None = None, **settings: Any,
+    checkpoint_every: int = 25, progress: Callable[[str, int, int], None] | None = None, memory: int | str = 0, **settings: Any,
 ) -> Attempt:  # fmt: skip
     """Run `method` under a guard; the model itself is never changed.
 
     folder      where checkpoints go: a run killed at any moment and called again with the same folder resumes to the same result, bit for bit; a refused
                 run leaves it as it was
+    memory      bytes that gradients of single examples may take at once (SSD, Fisher forgetting, influence and others), as 512M or 2G, beside the model and two
+                copies of its weights; 0: 1 GiB. How many are held at once can change the last bits of what they are summed to
     settings    the method's own; see METHODS[method].defaults
 
     Raises SettingError, SplitError or ScopeError for bad input, also for a request of a kind that the method is not made for, and ModelError for a model whose
@@ -116,6 +118,7 @@ def unlearn(
     resolved = record.settings(settings)
     model = whole(model)
     seed_of(seed)
+    held_at_once = size_of("memory", memory)
     record.check(task, split)
     record.made_for(task, split)
     if name := unsound(model):
@@ -124,6 +127,7 @@ def unlearn(
     if why := broken(model, task, split):
         return Attempt(method, resolved, seed, "refused", f"the model given {why}", None)
     watch = guard or Guard()
+    watch.memory = held_at_once or watch.memory
     if (examples := sum(record.expected(split, resolved))) > MANY:
         affordable(method, resolved, examples, pace(model, task, split))
     watch.label, watch.progress = watch.label or method, watch.progress or progress

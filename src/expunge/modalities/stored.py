@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,13 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.core.errors import SettingError
+from expunge.core.machine.bounds import size_of
 
 WORKERS = 2
 """Records of a batch that are read side by side."""
-
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def room(said: str = "") -> int:
@@ -40,10 +36,7 @@ def room(said: str = "") -> int:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
         except (AttributeError, ValueError, OSError):
             return 1 << 33
-    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)i?B?", said.strip(), re.ASCII | re.IGNORECASE)
-    if found is None:
-        raise SettingError(f"memory must be a size such as 4G or 512M, not '{said}'")
-    return int(found[1]) * UNITS[found[2].upper()]
+    return size_of("memory", said)
 
 
 @dataclass(frozen=True)

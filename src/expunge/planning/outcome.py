@@ -25,7 +25,7 @@ from expunge.core.digest import model_digest, whole
 from expunge.core.errors import GateError, ModelError, PatchError, ReportError, SettingError, SplitError
 from expunge.core.files import write
 from expunge.core.guard import quiet
-from expunge.core.machine.bounds import seed_of
+from expunge.core.machine.bounds import seed_of, size_of
 from expunge.core.modality import Modality, made, of
 from expunge.core.patch import Patch
 from expunge.core.registry import CHECKS, METHODS
@@ -358,7 +358,7 @@ def fitting(after: nn.Module, task: Task, split: Split) -> None:
 def audited(
     before: nn.Module, after: nn.Module, task: Task | str, split: Split, *, references: Sequence[Any] = (), rules: Mapping[str, str] | None = None,
     seed: int = 0, attempt: Attempt | None = None, retrain_passes: float | None = None, slow: bool = True, pool: Any = None, forgotten: Any = None,
-    require: str = "", twins: int = 0, workers: int = 1, folder: Path | str | None = None, progress: Progress | None = None,
+    require: str = "", twins: int = 0, workers: int = 1, folder: Path | str | None = None, progress: Progress | None = None, memory: int | str = 0,
 ) -> Verdict:  # fmt: skip
     """Audit one candidate: self-test of the rules, all rows, verdict, named checks.
 
@@ -370,9 +370,11 @@ def audited(
     slow       False leaves out checks and baselines that train, but for those the gate reads
     twins      planted controls of so many twins (`planning.plants`): evidence without references. The attempt's method is run again, and must leave the same
                patch; `workers` at a time, what they read kept in `folder`. They are made where nothing else refutes the candidate
+    memory     bytes that gradients of single examples may take at once when it is run again, as they were when the patch was made (`engine.run.unlearn`)
     """
     before, after, task = whole(before), whole(after), made(task)
     seed_of(seed)
+    room = size_of("memory", memory)
     if name := unsound(before):
         raise ModelError(f"the model before holds values that are not finite, first in {name}: nothing can be audited against it")
     preflight(before, task, split)
@@ -392,7 +394,7 @@ def audited(
     own, trials = rules, first(p, rules, twins)
     one = examined(p, attempt, after, trials, slow, require=require, refused=refused, families=asked)
     if twins and attempt.outcome == "ok" and one.grade is not None and one.grade.grade != "refuted":
-        recipe, why = recipe_of(before, task, split, attempt)
+        recipe, why = recipe_of(before, task, split, attempt, room)
         e = Plants(why=(why,)) if recipe is None else controls(
             before, after, task, split, recipe, twins=twins, seed=seed, workers=workers, folder=folder, seconds=attempt.meter.seconds, progress=progress,
         )  # fmt: skip

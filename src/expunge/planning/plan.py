@@ -95,7 +95,7 @@ def forget(
     settings: Mapping[str, Mapping[str, Any]] | None = None, rules: Mapping[str, str] | None = None, seed: int = 0, folder: Path | str | None = None,
     retrain_passes: float | None = None, scales: Sequence[float] = (), stop: bool = True, slow: bool = True,
     checks: Sequence[str] = (), pool: Any = None, progress: Callable[[str, int, int], None] | None = None, require: str = "",
-    minutes: float = math.inf, twins: int = 0, workers: int = 1, ready: Callable[[], Any] | None = None,
+    minutes: float = math.inf, twins: int = 0, workers: int = 1, memory: int | str = 0, ready: Callable[[], Any] | None = None,
 ) -> Verdict:  # fmt: skip
     """The autopilot: feasible methods, tuned on validation alone, until one patch passes the gate; every try is kept.
 
@@ -122,6 +122,7 @@ def forget(
                     forgetting passed its self-test, as then nothing can pass; `methods` overrides that
     minutes         wall time after which no run begins, and one under way ends at its best state; what was found by then is audited, one try at least. The only
                     thing here that the seed does not decide
+    memory          bytes that gradients of single examples may take at once, as 512M or 2G (`engine.run.unlearn`)
     ready           called when all that was asked was found to be in order, before anything runs (`sanity.checked`, say, whose ModelError ends it)
     A run that ends otherwise than `ok` never passes; one that is partial or harmed is audited where no setting of its method did better, to be looked at.
     Raises SplitError and the like for bad input. The model is never changed; the patch is `verdict.chosen.attempt.patch`.
@@ -141,6 +142,7 @@ def forget(
         raise SettingError(f"minutes must be above 0, not {minutes:g}")
     bounds.number("twins", twins, 0, whole=True)
     bounds.number("workers", workers, 1, whole=True)
+    room = bounds.size_of("memory", memory)
     if retrain_passes is not None:
         bounds.number("retrain_passes", retrain_passes, 0)
     model = whole(model)
@@ -168,7 +170,7 @@ def forget(
     nothing = blind(trials) and not twins
     validate = closeness(model, task, parted.trained)
     screen = screened(p, trials) if of(task).search.screened and split.validation is not None else None
-    course = Course(model, task, parted.trained, validate, seed, settings or {}, folder, progress=progress, until=until, screen=screen)
+    course = Course(model, task, parted.trained, validate, seed, settings or {}, folder, progress=progress, until=until, screen=screen, memory=room)
 
     def audit(t: Try) -> Try:
         try:
@@ -182,7 +184,7 @@ def forget(
         after = patched(model, t.attempt)
         seen = examined(p, t.attempt, after, trials, slow, checks, require=require, refused=refused, families=asked)
         if twins and seen.grade is not None and seen.grade.grade != "refuted" and t.attempt.outcome == "ok":
-            recipe = Recipe(t.attempt.method, t.attempt.settings, t.attempt.seed, 0 if validate is None else pause(split))
+            recipe = Recipe(t.attempt.method, t.attempt.settings, t.attempt.seed, 0 if validate is None else pause(split), room)
             e = controls(
                 model, after, task, parted.trained, recipe, twins=twins, seed=seed, workers=workers, seconds=t.attempt.meter.seconds, progress=progress,
                 folder=None if folder is None else Path(folder) / f"{t.attempt.method}-plants",

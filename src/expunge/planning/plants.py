@@ -32,12 +32,12 @@ LEAST = 3
 Progress = Callable[[str, int, int], None]
 
 
-def recipe_of(model: nn.Module, task: Task, split: Split, attempt: Attempt) -> tuple[Recipe | None, str]:
+def recipe_of(model: nn.Module, task: Task, split: Split, attempt: Attempt, memory: int = 0) -> tuple[Recipe | None, str]:
     """(the recipe that leaves the attempt's patch, ""), or (None, why there is no twin): its method is run again as the attempt says, to its end and as the
     autopilot does, ended at the best state on validation."""
     if attempt.patch is None or attempt.method not in METHODS:
         return None, "no twin: nothing says which method, settings and seed made the model, so it cannot be run again"
-    ways = [Recipe(attempt.method, dict(attempt.settings), attempt.seed, every) for every in (0, pause(split))]
+    ways = [Recipe(attempt.method, dict(attempt.settings), attempt.seed, every, memory) for every in (0, pause(split))]
     ended = "refused"
     try:
         for recipe in ways if held(split.validation) else ways[:1]:

@@ -8,6 +8,7 @@
     keep = 0.3                             "accuracy.forget" = "<= 0.05"
     preset = "paper"                       settings as published, under those named beside it
     anyway = true                          goes on where the model, as it is fed, is near chance on what must stay
+    memory = "2G"                          most bytes of inputs held, and of gradients of single examples at once
     twins = 10                             planted controls: evidence without references, of plants = "csv:..." or half of validation
 
     task    = "causal-lm"                  model   = "model"                       texts: a folder that save_pretrained wrote, and files of JSON lines
@@ -29,7 +30,7 @@ from typing import Any
 
 from expunge.core.errors import RecipeError, SettingError, first_line, suggest
 from expunge.core.files import inside
-from expunge.core.machine.bounds import seed_of
+from expunge.core.machine.bounds import seed_of, size_of
 from expunge.core.modality import MODALITIES, Option, Request, meant, named
 from expunge.core.registry import METHODS
 from expunge.core.types import bytes_of
@@ -118,9 +119,9 @@ def _typed(what: str, key: str, value: Any) -> Any:
         raise RecipeError(f"{what} must list texts, not {odd[0]!r}")
     if key == "gate" and isinstance(value, dict) and (odd := [(k, v) for k, v in value.items() if not isinstance(v, str)]):
         raise RecipeError(f'{what} must map rows to rules such as "<= 0.05"; {odd[0][0]} is {odd[0][1]!r}')
-    if key == "seed":
+    if key in ("seed", "memory"):
         try:
-            return seed_of(value)
+            return seed_of(value) if key == "seed" else value if size_of(key, value) else ""
         except SettingError as error:
             raise RecipeError(f"{what}: {error}") from None
     if isinstance(value, (int, float)) and key in ("minutes", "retrain_epochs", "twins") and not (math.isfinite(value) and value >= 0):
@@ -143,7 +144,7 @@ def run(recipe: Recipe, *, progress: Callable[[str, int, int], None] | None = No
     verdict = plan.forget(
         opened.model, opened.task, opened.split, references=opened.references, methods=recipe.methods, settings=_placed(recipe.settings, near),
         rules=recipe.gate or None, seed=recipe.seed, folder=out / "checkpoints", retrain_passes=passes, progress=progress, require=recipe.require,
-        minutes=recipe.minutes or math.inf, twins=recipe.twins,
+        minutes=recipe.minutes or math.inf, twins=recipe.twins, memory=recipe.options.get("memory", ""),
         ready=lambda: sanity.checked(opened.model, opened.task, opened.split, anyway=recipe.anyway),
     )  # fmt: skip
     return finished(verdict, opened, out, f"Forget {opened.split.asked}")

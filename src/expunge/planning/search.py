@@ -45,6 +45,7 @@ class Course:
     split      what methods are given; `validate` their score, larger is better, or None
     screen     model -> what is taken off its score once a run has ended (`plan.screened`), or None
     fixed      method -> settings of the user
+    memory     bytes for the gradients of single examples (`core.guard.Guard`)
     until      time of `time.perf_counter` after which no run begins; one under way ends at its best state
     """
 
@@ -59,6 +60,7 @@ class Course:
     progress: Callable[[str, int, int], None] | None = None
     until: float = math.inf
     screen: Callable[[nn.Module], float] | None = None
+    memory: int = 0
 
     @property
     def over(self) -> bool:
@@ -71,7 +73,7 @@ class Course:
         fixed = dict(self.fixed.get(name, {}))
         watch = Guard(
             validate=self.validate, every=pause(self.split), progress=self.progress, label=label or name, kept=self.kept,
-            max_seconds=max(LEAST, self.until - time.perf_counter()),
+            max_seconds=max(LEAST, self.until - time.perf_counter()), memory=self.memory,
         )  # fmt: skip
         where = None if self.folder is None else Path(self.folder) / f"{name}-{place}"
         attempt = self._attempt(name, watch, where, {**fixed, **change})

@@ -46,18 +46,19 @@ AGAIN = (4, 16)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the candidate came about, so that it can be done again: method, settings, seed, and whether the run ended at its best state on validation, looked at
-    every so many steps (0: it ran to its end)."""
+    """How the candidate came about, so that it can be done again: method, settings, seed, whether the run ended at its best state on validation, looked at
+    every so many steps (0: it ran to its end), and the `memory` of its guard."""
 
     method: str
     settings: Mapping[str, Any]
     seed: int
     every: int = 0
+    memory: int = 0
 
     def run(self, model: nn.Module, task: Task, split: Split, seed: int) -> Attempt:
         """The same with another model, request or seed."""
         validate = of(task).validation(model, task, split) if self.every else None
-        return unlearn(self.method, model, task, split, seed=seed, guard=Guard(validate=validate, every=self.every or 20), **self.settings)
+        return unlearn(self.method, model, task, split, seed=seed, guard=Guard(validate=validate, every=self.every or 20, memory=self.memory), **self.settings)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def _key(job: Job) -> str:
         dict(r.settings),
         r.seed,
         r.every,
+        *([r.memory] if r.memory else []),
         model_digest(job.model),
         model_digest(job.after),
         parts,

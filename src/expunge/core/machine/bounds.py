@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,21 @@ def number(name: str, value: Any, least: float, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value) or value < least:
         raise SettingError(f"{name} must be {kind}, {least:g} or more, not {value!r}")
     return value
+
+
+def size_of(name: str, value: Any) -> int:
+    """Bytes, of a whole number or text such as 512M, 2G or 4 GiB (K, M, G, T: powers of 1024); 0 of 0 and "", which state none. Raises SettingError.
+
+    >>> size_of("memory", "2G"), size_of("memory", 4096), size_of("memory", "")
+    (2147483648, 4096, 0)
+    """
+    if value == "" or (value == 0 and type(value) is int):
+        return 0
+    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)i?B?", str(value).strip(), re.ASCII | re.IGNORECASE)
+    size = 0 if found is None or isinstance(value, (bool, float)) else int(found[1]) << 10 * " KMGT".index(found[2].upper() or " ")
+    if not 0 < size < 1 << 60:
+        raise SettingError(f"{name} must be a size such as 4G or 512M, not {value!r}")
+    return size
 
 
 def ranged(what: str, name: str, value: Any, default: Any) -> Any:

@@ -22,7 +22,8 @@ OPTIONS = (
     Option(
         "memory",
         "",
-        "Most bytes of inputs held in memory, as 4G (a quarter of the machine's): images and data sets above it are read as needed.",
+        "Most bytes of inputs held in memory, as 4G (a quarter of the machine's): images and data sets above it are read as needed. Also of gradients of "
+        "single examples at once (1G).",
     ),
     Option("schema", "", "report.json of an earlier run, to whose columns, classes and preprocessing the data is held."),
 )

@@ -64,7 +64,8 @@ def opened(request: Request, task: str, model: nn.Module | None = None) -> tuple
         why = "so nothing says how it wants pixels; name --mean and --std (--mean 0 --std 1 feeds 0 to 1)"
         raise SettingError(f"{request.model} has no preprocessor_config.json, {why}")
     load = partial(readers.load, task=task, folder=request.folder, inside=request.inside, feed=wants, classes=names)
-    train = load(given["train"], known=old, options=how)
+    always = isinstance(given["train"], str) and "memory" not in readers.KINDS.get(given["train"].partition(":")[0], ("memory",))
+    train = load(given["train"], known=old, options={n: v for n, v in how.items() if n != "memory" or not always})
     known = old or train.schema
     kept = {n: v for n, v in how.items() if n in ("id", "ignore", "target", "x", "memory")}
 

@@ -18,6 +18,7 @@ OPTIONS = (
     Option("ignore", "", "Fields or columns that are left out, a,b,c; any other is an error."),
     Option("max_length", 0, "In tokens; 0 is the model's context, at most 512."),
     Option("dtype", "auto", "auto (as stored), float32 or bfloat16."),
+    Option("memory", "", "Most bytes of gradients of single examples at once, as 512M or 4G (1G)."),
 )
 
 LEFT_OUT = {

@@ -6,6 +6,7 @@ a forward pass under a transform cannot be watched. Sources: cards corrective (S
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from expunge.core import guard
+from expunge.core.errors import SettingError
 from expunge.core.session import Bound
-from expunge.core.types import Out, Task, each
+from expunge.core.types import Out, Task, device_of, each
 
 CHUNK = 64
-"""Per-example gradients held at once, at most; fewer where they would take more bytes than the guard has room for (`Guard.room`)."""
+"""Per-example gradients held at once, at most; fewer where they would take more bytes than the guard has room for (`Guard.memory`)."""
 
 
 def sensitivity(out: Out) -> Tensor:
@@ -42,15 +44,16 @@ def squares(
     """
     params, of = _bound(model, task, loss)
     total = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in params.items()}
-    batches, meter, count = task.batches(data, held(params, guard.current().room) if per_sample else batch_size), guard.current().meter, 0
+    batches, meter, count = task.batches(data, held(params) if per_sample else batch_size), guard.current().meter, 0
     with guard.quiet(model), meter.pause():
         for k in range(len(batches)):
             batch = batches[k]
             n = len(batch["i"])
             grads = _each(grad(of), params, batch) if per_sample else grad(of)(params, batch)
-            for name, g in grads.items():
-                square = g.to(_wide(g)).abs() if power == 1 else g.to(_wide(g)).square()
-                total[name] += square.sum(0) if per_sample else square
+            for name in total:
+                g = grads.pop(name)
+                _add(total[name], g if per_sample else g[None], power)
+                del g
             count += n if per_sample else 1
             meter.add(forward=n, backward=n)
     return total, count
@@ -64,17 +67,39 @@ def fisher(model: nn.Module, task: Task, data, **options: Any) -> dict[str, Tens
 
 
 def rows(model: nn.Module, task: Task, data) -> Tensor:
-    """(N, P) gradient of each example's loss over all trainable parameters, flattened in the model's order."""
+    """(N, P) gradient of each example's loss over all trainable parameters, flattened in the model's order. Raises SettingError where they take more than the
+    guard's `memory`."""
     params, loss = _bound(model, task)
-    batches, meter, found = task.batches(data, held(params, guard.current().room)), guard.current().meter, []
-    with guard.quiet(model), meter.pause():
+    watch, sizes = guard.current(), [p.numel() for p in params.values()]
+    kind = functools.reduce(torch.promote_types, [_wide(p) for p in params.values()])
+    whole = len(data) * sum(sizes) * kind.itemsize
+    if watch.memory and whole > watch.memory:
+        raise SettingError(f"the gradients of {len(data)} examples for {sum(sizes):,} weights take {whole:,} bytes at once, more than memory={watch.memory:,}; "
+                           "give more, or let fewer examples be read (rank, where the method has it)")  # fmt: skip
+    batches, start = task.batches(data, held(params, whole if watch.memory else 0)), 0
+    found = torch.empty(len(data), sum(sizes), dtype=kind, device=device_of(model))
+    with guard.quiet(model), watch.meter.pause():
         for k in range(len(batches)):
             batch = batches[k]
             n = len(batch["i"])
             grads = _each(grad(loss), params, batch)
-            found.append(torch.cat([g.to(_wide(g)).reshape(n, -1) for g in grads.values()], 1))
-            meter.add(forward=n, backward=n)
-    return torch.cat(found)
+            for name, place in zip(params, found[start : start + n].split(sizes, 1), strict=True):
+                place.copy_(grads.pop(name).reshape(n, -1))
+            start += n
+            watch.meter.add(forward=n, backward=n)
+    return found
+
+
+def _add(total: Tensor, g: Tensor, power: int) -> None:
+    """total += the sum over examples of |g|^power, of g (n, ...), in slices of at most SLICE values."""
+    flat, into = g.reshape(len(g), -1), total.view(-1)
+    for place in range(0, max(1, flat.shape[1]), step := max(1, SLICE // len(g))):
+        part = flat[:, place : place + step].to(total.dtype)
+        into[place : place + step] += (part.abs() if power == 1 else part.square()).sum(0)
+
+
+SLICE = 1 << 18
+"""Values squared at once."""
 
 
 MAPPING = ("vmap", "functorch", "BatchedTensor")
@@ -94,16 +119,22 @@ def _each(function: Callable, params: dict[str, Tensor], batch: dict) -> dict[st
         if not any(word in str(error) for word in MAPPING):
             raise
         found = [one(each(lambda t, k=k: t[k], batch["x"]), batch["y"][k], batch["i"][k]) for k in range(len(batch["i"]))]
-        return {n: torch.stack([f[n] for f in found]) for n in params}
+        return {n: torch.stack([f.pop(n) for f in found]) for n in params}
 
 
-def held(params: dict[str, Tensor], room: int) -> int:
-    """Per-example gradients held at once: CHUNK, or as many as `room` bytes have place for, one at least.
+def held(params: dict[str, Tensor], taken: int = 0) -> int:
+    """Per-example gradients held at once: CHUNK, or as many as the guard has room for beside what is `taken` of its memory, one at least. Raises SettingError
+    where it says how much memory there is, and that is less than one takes.
 
-    >>> held({"w": torch.zeros(1000)}, 40_000)
+    >>> with guard.watching(guard.Guard(memory=40_000)):
+    ...     held({"w": torch.zeros(1000)})
     10
     """
-    return max(1, min(CHUNK, room // max(1, sum(p.numel() * _wide(p).itemsize for p in params.values()))))
+    watch, one = guard.current(), sum(p.numel() * _wide(p).itemsize for p in params.values())
+    if watch.memory and one > watch.memory:
+        raise SettingError(f"the gradient of one example takes {one:,} bytes, more than memory={watch.memory:,}: give more, or take per_sample=false where "
+                           "the method has it")  # fmt: skip
+    return max(1, min(CHUNK, (watch.room - taken) // max(1, one)))
 
 
 def _bound(model: nn.Module, task: Task, loss: Callable[[Out], Tensor] | None = None) -> tuple[dict[str, Tensor], Callable]:
